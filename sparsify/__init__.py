@@ -1,0 +1,163 @@
+"""Layer-wise sparsity for language models: load, prune, measure.
+
+    import sparsify
+    model, tokenizer = sparsify.load("smollm2-135m")
+    result = sparsify.prune(model, tokens, pruner="wanda", allocator="owl", sparsity=0.7)
+    sparsify.perplexity(model, test_tokens)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sparsify.core import PruneResult
+    from sparsify.registry import Spec
+    from sparsify.types import Pattern
+
+__version__ = "0.1.0"
+__all__ = ["load", "perplexity", "prune", "windows"]
+
+
+def load(source: str, *, dtype: str = "float32", device: str = "cpu", revision: str | None = None) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer, in eval mode and without gradients.
+
+    Args:
+        source: a name under `configs/model` (`smollm2-135m`), a hub id (`org/name`) or a local folder.
+        dtype: `float32`, `float16` or `bfloat16`.
+        device: `cpu`, `cuda`, `cuda:1`, ... or `auto`.
+        revision: commit for a hub id; named models have theirs pinned.
+
+    Returns:
+        (model, tokenizer); the tokenizer is None for `shape/...` models, whose weights are random.
+
+    Raises:
+        UsageError: unknown name, dtype or device.
+        DataError: the weights cannot be found or fetched.
+    """
+    from pathlib import Path
+
+    from sparsify import registry
+    from sparsify.models import HubModel
+
+    if Path(source).is_dir():
+        model_source: Any = HubModel(Path(source).name, source)
+    elif source in registry.names("model") or "/" not in source:
+        model_source = registry.build("model", source)
+    else:
+        model_source = HubModel(source, source, revision)
+    loaded = model_source.load(dtype, device)
+    return loaded.model, loaded.tokenizer
+
+
+def windows(
+    tokenizer: Any,
+    corpus: str = "sotu",
+    split: str = "train",
+    *,
+    n: int | None = 8,
+    seqlen: int = 512,
+    sampler: str = "document",
+    seed: int = 0,
+) -> Tensor:
+    """Token ids to calibrate or evaluate on, [n, seqlen].
+
+    Args:
+        tokenizer: of the model.
+        corpus: a name under `configs/data`, or a text file.
+        split: `train`, `heldout` or `test` of `sotu`; `train` of `c4`; `test` of `wikitext2`.
+        n: windows; None for all (`joined` sampler only).
+        seqlen: tokens per window.
+        sampler: `document` (a random window of a random long document) or `joined`.
+        seed: of the document sampler.
+
+    Raises:
+        UsageError: unknown corpus or sampler.
+        DataError: the text is nowhere to be found or too short.
+    """
+    from pathlib import Path
+
+    from sparsify import registry
+    from sparsify.corpora import Corpus
+    from sparsify.data import Windows
+
+    text = Corpus(Path(corpus).stem, path=corpus) if Path(corpus).is_file() else registry.build("data", corpus)
+    return Windows(text, split, seqlen, n, sampler).cut(tokenizer, seed).tokens  # type: ignore[arg-type]
+
+
+def prune(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    pruner: Spec = "wanda",
+    allocator: Spec = "uniform",
+    sparsity: float | None = None,
+    pattern: str | Pattern = "unstructured",
+    method: Spec = "oneshot",
+    heldout: Tensor | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> PruneResult:
+    """Prune a decoder language model in place.
+
+    Args:
+        model: any transformers decoder whose blocks hold `Linear` or `Conv1D` layers.
+        tokens: calibration token ids, LongTensor [n, seqlen]; 128 x 2048 in the papers.
+        pruner: `magnitude`, `wanda`, `ria`, `sparsegpt`; or `(name, {parameter: value})`; or an object.
+        allocator: `uniform`, `atp`, `owl`, `alphapruning`; same forms.
+        sparsity: fraction of zeros over the blocks' linear weights, in [0, 1). May be left out for N:M.
+        pattern: `unstructured`, `2:4` (keep 2 of every 4 inputs), `mixed:8` (each block its own N of 8).
+        method: `oneshot`, or `("oneshot", {"regime": "sequential"})`.
+        heldout: token ids for allocators that search (`("atp", {"beta": "auto"})`), LongTensor [m, seqlen].
+        seed: of torch's generator, for components that draw; none of the built-in ones does.
+        batch_size: windows per forward; None picks one for the device.
+
+    Returns:
+        Achieved sparsity, the plan with its budget ledger, and one row per layer (block, name, target, achieved,
+        zeros, numel, error, seconds). Dtype, device and mode of the model stay as they were.
+
+    Raises:
+        UsageError: a value out of range, an unknown name, a pattern that does not fit.
+        UnsupportedModelError: no decoder blocks found, or experts stored as 3-D parameters.
+        NumericsError: NaN weights, or a factorisation that fails at any damping; the message names the layer.
+    """
+    import torch
+
+    from sparsify import registry
+    from sparsify.blocks import BlockView
+    from sparsify.core import Recipe, prune_model
+
+    recipe = Recipe.of(
+        registry.build("pruner", pruner),
+        registry.build("allocator", allocator),
+        registry.build("method", method),
+        pattern,
+        sparsity,
+    )
+    mode = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return prune_model(BlockView(model), tokens, recipe, heldout=heldout, batch_size=batch_size)
+    finally:
+        model.train(mode)
+
+
+def perplexity(model: nn.Module, tokens: Tensor, *, batch_size: int | None = None) -> float:
+    """Perplexity of windows: exp of the mean cross-entropy over the seqlen - 1 predicted tokens of each.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        tokens: token ids, LongTensor [n, seqlen].
+        batch_size: windows per forward; None picks one for the device.
+
+    Raises:
+        DataError: no windows, or windows of fewer than two tokens.
+        NumericsError: the result is not finite.
+    """
+    from sparsify.evaluation.perplexity import perplexity as measure
+
+    return measure(model, tokens, batch_size=batch_size)

@@ -1,0 +1,88 @@
+"""ATP: sparsity as an arithmetic progression over depth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from sparsify.allocators.base import Context
+from sparsify.budget import fit_plan
+from sparsify.errors import UsageError
+from sparsify.types import LayerTable, SparsityPlan
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """s_i = S - beta (L-1)/2 + beta (i-1) for block i of L; all layers of a block share s_i.
+
+    Source: ATP (arXiv 2502.14770), Eq. 10, with the search of Algorithm 1 for `beta="auto"`.
+
+    Deviations: the mean is weighted by parameter counts, so blocks of unequal size keep the budget (equal blocks,
+    as in every decoder of the paper, are unaffected). The automatic search scores held-out calibration text; the
+    release scores the WikiText-2 test set that it then reports. beta = 0 (uniform) is part of the search.
+
+    Attributes:
+        beta: difference between neighbouring blocks, or `auto` to search it.
+        step: grid of the search.
+    """
+
+    beta: float | Literal["auto"] = "auto"
+    step: float = 0.002
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.beta != "auto" and not isinstance(self.beta, int | float):
+            raise UsageError("beta is a number or 'auto'", got=repr(self.beta), fix="allocator.beta=auto")
+        if self.step <= 0:
+            raise UsageError("The step of the beta grid is positive", got=self.step, fix="allocator.step=0.002")
+
+    def check(self, wanted: float, num_blocks: int) -> None:
+        """Refuse a beta that would ask a block for a sparsity outside [0, 1]."""
+        limit = legal_maximum(wanted, num_blocks)
+        if self.beta != "auto" and abs(float(self.beta)) > limit + 1e-12:
+            raise UsageError(
+                f"beta asks a block for a sparsity outside [0, 1] at sparsity {wanted:g} over {num_blocks} blocks",
+                got=self.beta,
+                allowed=f"-{limit:.6g} <= beta <= {limit:.6g}",
+                fix=f"allocator.beta={math.floor(limit * 1000) / 1000:g} or allocator.beta=auto",
+            )
+
+    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
+        self.check(wanted, layers.num_blocks)
+        if self.beta == "auto":
+            return self._search(layers, wanted, context)
+        by_block = progression(wanted, float(self.beta), layers.num_blocks)
+        return fit_plan(layers, layers.spread(by_block), wanted, high=1.0)
+
+    def _search(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
+        trials, best = [], None
+        for beta in beta_grid(wanted, layers.num_blocks, self.step):
+            plan = replace(self, beta=beta).allocate(layers, wanted, context)
+            score = context.objective(plan)
+            trials.append({"beta": beta, "heldout_perplexity": score})
+            if best is None or score < best[0]:
+                best = score, beta, plan
+        if best is None or not math.isfinite(best[0]):
+            raise UsageError("No beta of the grid gave a finite perplexity", got=trials, fix="a lower sparsity")
+        _, beta, plan = best
+        return SparsityPlan(plan.targets, plan.ledger, tuple(trials), {"beta": beta})
+
+
+def progression(wanted: float, beta: float, num_blocks: int) -> list[float]:
+    """Sparsity of each block, first to last, clamped against float noise at the ends."""
+    first = wanted - beta * (num_blocks - 1) / 2
+    return [min(max(first + beta * i, 0.0), 1.0) for i in range(num_blocks)]
+
+
+def legal_maximum(wanted: float, num_blocks: int) -> float:
+    """Largest beta for which every block stays within [0, 1] (ATP, below Eq. 10)."""
+    return math.inf if num_blocks < 2 else min(2 * wanted, 2 * (1 - wanted)) / (num_blocks - 1)
+
+
+def beta_grid(wanted: float, num_blocks: int, step: float = 0.002) -> list[float]:
+    """0, step, 2 step, ... up to the legal maximum."""
+    if num_blocks < 2:
+        return [0.0]
+    count = math.floor(legal_maximum(wanted, num_blocks) / step + 1e-9)
+    return [round(i * step, 12) for i in range(count + 1)]

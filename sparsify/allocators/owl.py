@@ -1,0 +1,73 @@
+"""OWL: blocks with more outlier scores are pruned less."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsify.allocators.base import Context, outlier_mapping
+from sparsify.budget import fit_plan
+from sparsify.errors import UsageError
+from sparsify.pruners.wanda import wanda_scores
+from sparsify.types import LayerTable, SparsityPlan
+
+
+@dataclass(frozen=True)
+class OWL:
+    """Keep ratios linear in the share of Wanda scores above M times their block's mean.
+
+    Source: Yin et al., "Outlier Weighed Layerwise Sparsity" (arXiv 2310.05175), Eq. 1-2, by the released code: the
+    range of sparsities is exactly 2 lam wide but not centred on S, and blocks at or below zero get 0.01.
+
+    Deviations: an upper clip at 0.99 and the parameter-weighted budget (no effect on decoders of equal blocks).
+
+    Attributes:
+        M: a score is an outlier above M times the block's mean.
+        lam: half the width of the range of sparsities.
+    """
+
+    M: float = 5.0
+    lam: float = 0.08
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.M <= 0 or not 0 <= self.lam < 0.5:
+            raise UsageError(
+                "OWL's hyper-parameters are out of range",
+                got=f"M={self.M}, lam={self.lam}",
+                allowed="M > 0, 0 <= lam < 0.5",
+            )
+
+    def check(self, wanted: float, num_blocks: int) -> None:
+        """Nothing to refuse before the statistics are known."""
+
+    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
+        if wanted == 0:
+            return fit_plan(layers, {layer.name: 0.0 for layer in layers}, 0.0)
+        ratios = context.once(("owl", self.M), lambda: self._outlier_ratios(layers, context))
+        by_block = [s if s > 0 else 0.01 for s in outlier_mapping(ratios, 2 * self.lam, wanted)]
+        plan = fit_plan(layers, layers.spread(by_block), wanted, low=min(0.01, wanted))
+        return SparsityPlan(plan.targets, plan.ledger, notes={"outlier_percent": ratios})
+
+    def _outlier_ratios(self, layers: LayerTable, context: Context) -> list[float]:
+        weights, stats = context.weights(), context.dense_stats(frozenset({"norm"}))
+        blocks: dict[int, list[Tensor]] = {}
+        for layer in layers:
+            scores = wanda_scores(weights[layer.name], stats[layer.name].norm)
+            blocks.setdefault(layer.block, []).append(scores)
+            if layer.name == _last_of(layers, layer.block):
+                blocks[layer.block] = [outlier_percent(blocks[layer.block], self.M)]
+        return torch.stack([blocks[i][0] for i in sorted(blocks)]).tolist()
+
+
+def _last_of(layers: LayerTable, block: int) -> str:
+    return next(layer.name for layer in reversed(layers.layers) if layer.block == block)
+
+
+def outlier_percent(scores: list[Float[Tensor, "out inp"]], multiple: float) -> Float[Tensor, ""]:
+    """Percent of all scores of a block that exceed `multiple` times their common mean."""
+    count = sum(s.numel() for s in scores)
+    mean = torch.stack([s.sum(dtype=torch.float64) for s in scores]).sum() / count
+    above = torch.stack([(s > multiple * mean).sum() for s in scores]).sum()
+    return 100.0 * above / count

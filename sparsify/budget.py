@@ -1,0 +1,171 @@
+"""The one place where a profile of sparsities is made to meet a budget of zeros exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from scipy.optimize import brentq
+
+from sparsify.errors import BudgetError, PatternError
+from sparsify.types import LayerTable, Ledger, Pattern, SparsityPlan, Target
+
+Adjust = Callable[[float, float], float]
+
+
+def shift(value: float, amount: float) -> float:
+    """Move a sparsity by the same amount as all others (OWL, ATP)."""
+    return value + amount
+
+
+def scale(value: float, amount: float) -> float:
+    """Multiply a sparsity by the same factor as all others (AlphaPruning)."""
+    return value * math.exp(amount)
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+def fit_plan(
+    layers: LayerTable,
+    profile: Mapping[str, float],
+    wanted: float,
+    *,
+    adjust: Adjust = shift,
+    low: float = 0.0,
+    high: float = 0.99,
+) -> SparsityPlan:
+    """Turn a profile into a plan whose parameter-weighted mean is `wanted`.
+
+    Every value v becomes clip(adjust(v, t), low, high) with one t for all layers, solved so that the
+    budget is met; without clipping the differences (or ratios) of the profile are kept.
+
+    Args:
+        layers: the model's prunable layers.
+        profile: layer name -> sparsity the rule asks for.
+        wanted: parameter-weighted zero fraction to reach, in [0, 1).
+        adjust: `shift` or `scale`.
+        low: lower bound of a layer's sparsity.
+        high: upper bound of a layer's sparsity.
+
+    Raises:
+        BudgetError: `wanted` is outside [low, high], or no adjustment reaches it.
+    """
+    weights = [layer.numel for layer in layers]
+    raw = [profile[layer.name] for layer in layers]
+    if not low <= wanted <= high:
+        raise BudgetError(
+            "The sparsity cannot be met within the bounds of a layer",
+            got=wanted,
+            allowed=f"{low:g} <= sparsity <= {high:g}",
+        )
+    values = _solve(raw, weights, wanted, adjust, low, high)
+    held = sum(v in (low, high) and r != v for v, r in zip(values, raw, strict=True))
+    mean = weighted_mean(values, weights)
+    ledger = Ledger(wanted, weighted_mean(raw, weights), mean, mean, held)
+    targets = {layer.name: Target(v) for layer, v in zip(layers, values, strict=True)}
+    return SparsityPlan(targets, ledger)
+
+
+def _solve(
+    raw: Sequence[float], weights: Sequence[int], wanted: float, adjust: Adjust, low: float, high: float
+) -> list[float]:
+    def clipped(amount: float) -> list[float]:
+        return [min(max(adjust(v, amount), low), high) for v in raw]
+
+    def excess(amount: float) -> float:
+        return weighted_mean(clipped(amount), weights) - wanted
+
+    if abs(excess(0.0)) < 1e-12:
+        return clipped(0.0)
+    reach = 64.0
+    if excess(-reach) > 1e-12 or excess(reach) < -1e-12:
+        raise BudgetError(
+            "No adjustment of this profile meets the budget",
+            got=f"profile from {min(raw):g} to {max(raw):g}, wanted {wanted:g}",
+            allowed=f"layers within [{low:g}, {high:g}]",
+        )
+    return clipped(brentq(excess, -reach, reach, xtol=1e-15, rtol=1e-15))
+
+
+def as_is_plan(layers: LayerTable, profile: Mapping[str, float], wanted: float) -> SparsityPlan:
+    """A plan that takes the profile as it stands, clamped to [0, 1] only; the ledger shows the miss."""
+    weights = [layer.numel for layer in layers]
+    values = [min(max(profile[layer.name], 0.0), 1.0) for layer in layers]
+    held = sum(v != profile[layer.name] for layer, v in zip(layers, values, strict=True))
+    raw = weighted_mean([profile[layer.name] for layer in layers], weights)
+    mean = weighted_mean(values, weights)
+    targets = {layer.name: Target(v) for layer, v in zip(layers, values, strict=True)}
+    return SparsityPlan(targets, Ledger(wanted, raw, mean, mean, held))
+
+
+def apply_pattern(plan: SparsityPlan, layers: LayerTable, pattern: Pattern) -> SparsityPlan:
+    """Round a plan to a pattern, keeping the budget.
+
+    Unstructured plans pass through. A fixed N:M needs every layer at 1 - N/M. `mixed:M` rounds each layer to a
+    whole number of kept weights in M by largest remainder, so the parameter-weighted mean moves by less than
+    one level of the smallest layer.
+
+    Raises:
+        PatternError: M does not divide a layer's inputs, or the plan is not uniform for a fixed N:M.
+    """
+    if pattern.group is None:
+        return plan
+    _check_widths(layers, pattern.group)
+    if pattern.kept is not None:
+        _check_uniform(plan, pattern)
+        levels = {layer.name: pattern.kept for layer in layers}
+    else:
+        levels = _largest_remainder(plan, layers, pattern.group)
+    targets = {
+        name: Target(1 - kept / pattern.group, kept, pattern.group) for name, kept in levels.items()
+    }
+    mean = weighted_mean([targets[layer.name].sparsity for layer in layers], [layer.numel for layer in layers])
+    old = plan.ledger
+    ledger = Ledger(old.wanted, old.raw, old.clipped, mean, old.num_clipped)
+    return SparsityPlan(targets, ledger, plan.trials, plan.notes)
+
+
+def _check_widths(layers: LayerTable, group: int) -> None:
+    for layer in layers:
+        if layer.in_features % group:
+            fitting = [m for m in (2, 4, 8, 16, 32) if all(x.in_features % m == 0 for x in layers)]
+            raise PatternError(
+                f"M does not divide the inputs of {layer.name}",
+                got=f"M = {group}, inputs = {layer.in_features}",
+                allowed=f"M that divides every layer of this model, such as {fitting}",
+                fix="pattern=2:4" if 4 in fitting else "pattern=unstructured",
+            )
+
+
+def _check_uniform(plan: SparsityPlan, pattern: Pattern) -> None:
+    implied = pattern.sparsity
+    spread = {round(t.sparsity, 9) for t in plan.targets.values()}
+    if implied is not None and spread != {round(implied, 9)}:
+        raise PatternError(
+            f"A fixed {pattern} gives every layer the same sparsity",
+            got=f"an allocation from {min(spread):g} to {max(spread):g}",
+            allowed=f"allocator=uniform with sparsity={implied:g}",
+            fix=f"pattern=mixed:{pattern.group} lets each layer have its own N",
+        )
+
+
+def _largest_remainder(plan: SparsityPlan, layers: LayerTable, group: int) -> dict[str, int]:
+    """Kept-of-M per block (layers of a block that share a sparsity stay together), budget preserved."""
+    buckets: dict[tuple[int, float], list[str]] = {}
+    numel = {layer.name: layer.numel for layer in layers}
+    for layer in layers:
+        key = (layer.block, plan.targets[layer.name].sparsity)
+        buckets.setdefault(key, []).append(layer.name)
+    exact = {key: group * (1 - key[1]) for key in buckets}
+    kept = {key: max(1, math.floor(value + 1e-9)) for key, value in exact.items()}
+    weight = {key: sum(numel[name] for name in names) for key, names in buckets.items()}
+    missing = sum(exact[key] * weight[key] for key in buckets) - sum(kept[key] * weight[key] for key in buckets)
+    for key in sorted(buckets, key=lambda k: (kept[k] - exact[k], k[0])):
+        if missing < weight[key] / 2:
+            continue
+        if kept[key] < group:
+            kept[key] += 1
+            missing -= weight[key]
+    return {name: kept[key] for key, names in buckets.items() for name in names}

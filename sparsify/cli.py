@@ -1,0 +1,148 @@
+"""The command line around Hydra: any hub id as a model, and one clear paragraph for every mistake. No torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sparsify import console, paths, registry
+from sparsify.errors import SparsifyError, UsageError
+
+
+def launch(arguments: list[str]) -> int:
+    """Run Hydra with these arguments and return the exit code; errors are printed as one paragraph.
+
+    Args:
+        arguments: what follows `python -m sparsify`.
+    """
+    # Hydra's own reporter would hide the exceptions that we translate.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    argv, sys.argv = sys.argv, ["sparsify", *expand_model(arguments)]
+    reported: list[Exception] = []
+    try:
+        main = hydra.main(version_base="1.3", config_path=str(paths.configs()), config_name="config")
+        main(_task(reported))()
+    except Exception as error:
+        return exit_code(error, reported)
+    finally:
+        sys.argv = argv
+    return max((_code(error) for error in reported), default=0)
+
+
+def _task(reported: list[Exception]) -> Callable[[DictConfig], Any]:
+    def task(config: DictConfig) -> Any:
+        try:
+            from sparsify.pipeline import run_cell
+
+            return run_cell(config)["key"]
+        except Exception as error:
+            console.fail(understand(error))
+            if not isinstance(understand(error), SparsifyError) or understand(error) is not error:
+                traceback.print_exc()
+            reported.append(error)
+            raise
+
+    return task
+
+
+def exit_code(error: Exception, reported: list[Exception]) -> int:
+    """Print an error unless its cell has done so already, and say how the process should end."""
+    known = understand(error)
+    if error not in reported:
+        console.fail(known)
+        if type(known) is SparsifyError:
+            traceback.print_exception(error)
+    return known.exit_code
+
+
+def _code(error: Exception) -> int:
+    return understand(error).exit_code
+
+
+def understand(error: BaseException) -> SparsifyError:
+    """The same error in our words: what, got, allowed, fix."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, SparsifyError):
+            return cause
+        cause = cause.__cause__
+    if isinstance(error, MissingConfigException):
+        return _unknown_option(error)
+    if isinstance(error, ConfigCompositionException | OverrideParseException | HydraException | OmegaConfBaseException):
+        return _unknown_key(error)
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return SparsifyError(
+            "The device ran out of memory", got=str(error).splitlines()[0] if str(error) else None,
+            fix="batch_size=1, or a smaller model",
+        )
+    return SparsifyError(f"Unexpected {type(error).__name__}", got=error, fix="the traceback below says where")
+
+
+def _unknown_option(error: MissingConfigException) -> SparsifyError:
+    group, _, name = (error.missing_cfg_file or "").partition("/")
+    if group == "hydra":
+        return UsageError("Hydra has no such option", got=error.missing_cfg_file)
+    if (paths.configs() / group).is_dir():
+        return registry.unknown(group, name)
+    return UsageError("There is no such config", got=error.missing_cfg_file)
+
+
+def _unknown_key(error: BaseException) -> SparsifyError:
+    """A typo in an override: near matches and the file that owns the group."""
+    text = " ".join(str(e) for e in (error, error.__cause__) if e is not None)
+    match = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: ([\w.@/-]+)", text)
+    if match is None:
+        return UsageError("The command line was not understood", got=" ".join(text.split())[:400])
+    key = match.group(1)
+    if "MandatoryMissing" in text or "Missing mandatory" in text or "mandatory value" in text:
+        return UsageError(f"{key} must be given", fix=f"{key}=<value>")
+    known = _known_keys()
+    near = registry.suggest(key, known) or registry.suggest(key.rsplit(".", 1)[-1], known)
+    fix = f"did you mean {near[0]}" if near else "python -m sparsify --cfg job shows every key"
+    owner = key.split(".")[0]
+    where = f"; see configs/{owner}/" if (paths.configs() / owner).is_dir() else "; see configs/config.yaml"
+    return UsageError("There is no config key of that name", got=key, allowed=", ".join(near) or None, fix=fix + where)
+
+
+def _known_keys() -> list[str]:
+    """Groups, top-level keys and the parameters inside groups."""
+    groups = [p.name for p in paths.configs().iterdir() if p.is_dir()]
+    keys = set(groups)
+    for file in paths.configs().rglob("*.yaml"):
+        tree = OmegaConf.load(file)
+        if isinstance(tree, DictConfig):
+            names = [str(k) for k in tree if not str(k).startswith("_") and k not in ("defaults", "hydra")]
+            group = file.relative_to(paths.configs()).parts[0]
+            top = group in ("config.yaml", "scale")
+            keys |= {name if top else f"{group}.{name}" for name in names}
+    return sorted(keys)
+
+
+def expand_model(arguments: list[str]) -> list[str]:
+    """Turn `model=org/name` and `model=./folder` into the generic hub model; named models stay."""
+    known = set(registry.names("model"))
+    expanded = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key == "model" and value not in known and "," not in value and _foreign(value):
+            path = Path(value).expanduser()
+            name = path.resolve().name if path.is_dir() else value
+            source = str(path.resolve()) if path.is_dir() else value
+            expanded += ["model=hub", f"model.id='{source}'", f"model.name='{name}'"]
+        else:
+            expanded.append(argument)
+    return expanded
+
+
+def _foreign(value: str) -> bool:
+    return Path(value).expanduser().is_dir() or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", value))

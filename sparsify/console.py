@@ -1,0 +1,154 @@
+"""What a person sees: progress with an ETA, a summary, one paragraph per error. Plain lines when not a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sparsify.errors import SparsifyError
+
+
+def out() -> Console:
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def say(text: str) -> None:
+    out().print(text)
+
+
+def warn(text: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]warning:[/] {escape(text)}")
+
+
+def fail(error: SparsifyError) -> None:
+    """One red paragraph: what, got, allowed, fix."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] [red]{escape(error.paragraph())}[/]")
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """A spinner on a terminal, a line elsewhere."""
+    console = out()
+    if not console.is_terminal:
+        console.print(f"  {text} ...")
+        yield
+        return
+    with console.status(text):
+        yield
+
+
+@contextmanager
+def bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress callback (done, total): a bar with ETA on a terminal, a line every quarter elsewhere."""
+    console = out()
+    if not console.is_terminal:
+        yield _quarters(console, text)
+        return
+    columns = TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _quarters(console: Console, text: str) -> Callable[[int, int], None]:
+    start = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        if 4 * done // total > 4 * (done - 1) // total:
+            left = (time.monotonic() - start) / done * (total - done)
+            console.print(f"  {text}: block {done}/{total}, about {duration(left)} left")
+
+    return update
+
+
+def duration(seconds: float) -> str:
+    """`8 s`, `3 min`, `2.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def describe(science: Mapping[str, Any]) -> str:
+    """A cell in a few words: `smollm2-135m, wanda + atp(beta=0.01), 70%`."""
+    allocator = component(science["allocator"])
+    beta = science["allocator"].get("beta")
+    knob = f"(beta={beta})" if beta is not None else ""
+    pattern = "" if science["pattern"] == "unstructured" else f" {science['pattern']}"
+    what = f"{component(science['pruner'])} + {allocator}{knob}, {float(science['sparsity']):.0%}{pattern}"
+    return f"{science['model']['name']}, {what if science['sparsity'] else 'dense'}"
+
+
+def component(node: Mapping[str, Any]) -> str:
+    return str(node["_target_"]).rsplit(".", 1)[-1]
+
+
+def cell_started(config: DictConfig, key: str) -> None:
+    say(f"[bold]{_place(config)}{escape(describe(config))}[/] [dim]({config.scale} scale, {key})[/]")
+
+
+def cell_finished(config: DictConfig, record: Mapping[str, Any], path: Path, fresh: bool) -> None:
+    """A line in a sweep; a table and what to try next after a single cell."""
+    numbers = ", ".join(
+        f"{name} perplexity {item['value']:.4g} ({item['protocol']})" for name, item in record["evaluations"].items()
+    )
+    took = f"in {duration(sum(record['seconds'].values()))}" if fresh else "already done"
+    say(f"  sparsity {record['sparsity']:.4f}, {numbers}, {took}{_eta(config)}")
+    if config.sweep.of is None:
+        if record["sparsity"]:
+            out().print(_blocks(record))
+        _next_steps(config, path)
+
+
+def _place(config: DictConfig) -> str:
+    if config.sweep.of is None:
+        return ""
+    return f"[{config.sweep.first + _job() + 1}/{config.sweep.of}] "
+
+
+def _job() -> int:
+    return int(HydraConfig.get().job.num) if HydraConfig.initialized() and "num" in HydraConfig.get().job else 0
+
+
+def _eta(config: DictConfig) -> str:
+    if config.sweep.of is None:
+        return ""
+    done = config.sweep.first + _job() + 1
+    left = (time.time() - config.sweep.started) / done * (config.sweep.of - done)
+    return f"; {config.sweep.of - done} to go, about {duration(left)}" if done < config.sweep.of else ""
+
+
+def _blocks(record: Mapping[str, Any]) -> Table:
+    """Sparsity and output error of each block's layers."""
+    table = Table("block", "target", "zeros", "of weights", "mean error", "worst layer", box=None, pad_edge=False)
+    blocks: dict[int, list[Mapping[str, Any]]] = {}
+    for row in record["layers"]:
+        blocks.setdefault(row["block"], []).append(row)
+    for i, rows in blocks.items():
+        zeros, numel = sum(r["zeros"] for r in rows), sum(r["numel"] for r in rows)
+        target = sum(r["target"] * r["numel"] for r in rows) / numel
+        worst = max(rows, key=lambda r: r["error"])
+        kind = worst["name"].split(".")[-1]
+        mean = sum(r["error"] for r in rows) / len(rows)
+        table.add_row(
+            str(i), f"{target:.4f}", f"{zeros:,}", f"{zeros / numel:.4f}", f"{mean:.3f}", f"{kind} {worst['error']:.3f}"
+        )
+    return table
+
+
+def _next_steps(config: DictConfig, path: Path) -> None:
+    say(f"record: {path}")
+    say("next:")
+    say("  python -m sparsify allocator=atp sparsity=0.7             search beta on held-out text, then prune")
+    say("  python -m sparsify -m allocator=uniform,owl sparsity=0.6  a sweep; finished cells are skipped")
+    say("  make table1                                               ATP's beta search as a table and figures")

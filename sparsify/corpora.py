@@ -1,0 +1,147 @@
+"""Texts and where to find them: SPARSIFY_DATA, then assets, then the hub. No torch and no tokenizer here."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sparsify import paths
+from sparsify.errors import DataError
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """Files of a hub data set at a pinned revision, by split."""
+
+    id: str
+    revision: str
+    splits: Mapping[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A named text with splits.
+
+    Attributes:
+        name: short name; protocol tags and records show it.
+        splits: split -> glob patterns below SPARSIFY_DATA or assets.
+        hub: where the hub has it.
+        path: a file or glob of the user's own; replaces the search and serves every split.
+    """
+
+    name: str
+    splits: Mapping[str, list[str]] = field(default_factory=dict)
+    hub: HubFiles | None = None
+    path: str | None = None
+
+    def texts(self, split: str) -> list[str]:
+        """All documents of a split, in order.
+
+        Raises:
+            DataError: the split is nowhere, or holds no text.
+        """
+        documents = [text for file in self._files(split) for text in _read(file)]
+        if not any(text.strip() for text in documents):
+            raise DataError(f"The {split} split of {self.name} is empty", got=f"{len(documents)} documents")
+        return documents
+
+    def fingerprint(self, split: str) -> dict[str, str]:
+        """What identifies the text without reading a machine path: local content hash, or hub revision."""
+        found = self._local(split)
+        if found:
+            place, files = found
+            return {"corpus": self.name, "split": split, "source": place, "sha256": _hash_files(tuple(files))}
+        if self.hub is not None and split in self.hub.splits:
+            return {"corpus": self.name, "split": split, "source": f"{self.hub.id}@{self.hub.revision}"}
+        raise self._nowhere(split)
+
+    def _files(self, split: str) -> list[Path]:
+        found = self._local(split)
+        return found[1] if found else self._download(split)
+
+    def _local(self, split: str) -> tuple[str, list[Path]] | None:
+        if self.path is not None:
+            files = _glob(Path(), [self.path])
+            if not files:
+                raise DataError("The text file does not exist", got=self.path, fix="give an existing file or glob")
+            return "file", files
+        for place, folder in (("SPARSIFY_DATA", paths.data()), ("assets", paths.assets())):
+            files = _glob(folder, self.splits.get(split, [])) if folder else []
+            if files:
+                return place, files
+        return None
+
+    def _download(self, split: str) -> list[Path]:
+        if self.hub is None or split not in self.hub.splits:
+            raise self._nowhere(split)
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return [
+                Path(hf_hub_download(self.hub.id, name, repo_type="dataset", revision=self.hub.revision))
+                for name in self.hub.splits[split]
+            ]
+        except Exception as error:
+            raise self._nowhere(split) from error
+
+    def _nowhere(self, split: str) -> DataError:
+        data = paths.data()
+        hub = f"the hub ({self.hub.id})" if self.hub else "no hub data set"
+        splits = sorted(set(self.splits) | set(self.hub.splits if self.hub else {}))
+        return DataError(
+            f"The text {self.name} ({split} split) is nowhere to be found",
+            got=f"looked in SPARSIFY_DATA ({data or 'not set'}), in assets ({paths.assets()}) and at {hub}",
+            allowed=f"splits {splits}",
+            fix="make setup for the embedded text, SPARSIFY_DATA=<folder> for your copy, or a machine that reaches "
+            "the hub",
+        )
+
+
+def _glob(folder: Path | None, patterns: list[str]) -> list[Path]:
+    """Files of each pattern in turn, sorted within a pattern."""
+    if folder is None:
+        return []
+    files: list[Path] = []
+    for pattern in patterns:
+        full = Path(folder / pattern)
+        anchor = Path(full.anchor) if full.is_absolute() else Path()
+        files += sorted(anchor.glob(str(full.relative_to(anchor))))
+    return files
+
+
+@cache
+def _hash_files(files: tuple[Path, ...]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _read(file: Path) -> Iterator[str]:
+    """Documents of one file, by its ending."""
+    name = file.name.removesuffix(".gz")
+    if name.endswith((".jsonl", ".json")):
+        opener: Any = gzip.open if file.suffix == ".gz" else open
+        with opener(file, "rt", encoding="utf8") as lines:
+            yield from (json.loads(line)["text"] for line in lines)
+    elif name.endswith(".parquet"):
+        import pyarrow.parquet as pq
+
+        yield from pq.read_table(file, columns=["text"])["text"].to_pylist()
+    elif name.endswith(".raw"):
+        yield from _wikitext_rows(file)
+    else:
+        yield file.read_text(encoding="utf8")
+
+
+def _wikitext_rows(file: Path) -> Iterator[str]:
+    """The rows of the hub data set from the release's raw file: a lone space is an empty row."""
+    with open(file, encoding="utf8", newline="") as handle:
+        lines = handle.read().split("\n")[:-1]
+    return ("" if line == " " else line + "\n" for line in lines)

@@ -1,0 +1,146 @@
+"""Windows of tokens for calibration and evaluation, cut by a named, seeded sampler."""
+
+import hashlib
+import random
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sparsify.corpora import Corpus
+from sparsify.errors import DataError, UsageError
+
+SAMPLERS = ("joined", "document")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Which windows of which text.
+
+    Attributes:
+        text: the corpus.
+        split: its split.
+        seqlen: tokens per window.
+        windows: how many; None for all.
+        sampler: `joined` joins the documents by a blank line, tokenises once and cuts full windows in order;
+            `document` is the papers': draw documents at random until one is longer than the window, take a random
+            window inside it.
+        stride: `joined` keeps every stride-th window...
+        offset: ...starting at this one.
+    """
+
+    text: Corpus
+    split: str
+    seqlen: int
+    windows: int | None = None
+    sampler: Literal["joined", "document"] = "joined"
+    stride: int = 1
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise UsageError("Unknown sampler", got=self.sampler, allowed=", ".join(SAMPLERS))
+        if self.seqlen < 2 or (self.windows is not None and self.windows < 1):
+            raise UsageError(
+                "A window has at least two tokens and there is at least one window",
+                got=f"seqlen={self.seqlen}, windows={self.windows}",
+                allowed="seqlen >= 2, windows >= 1 or null for all",
+            )
+        if self.stride < 1 or not 0 <= self.offset < self.stride:
+            raise UsageError(
+                "Every stride-th window, from the offset", got=f"stride={self.stride}, offset={self.offset}",
+                allowed="stride >= 1, 0 <= offset < stride",
+            )
+        if self.sampler == "document" and self.windows is None:
+            raise UsageError("The document sampler draws a number of windows", got="windows=null", fix="windows=128")
+
+    @property
+    def protocol(self) -> str:
+        """Tag that goes with every number measured on these windows: `W2@2048`, `sotu@512x16`."""
+        short = {"wikitext2": "W2"}.get(self.text.name, self.text.name)
+        split = "" if self.split == "test" else f"-{self.split}"
+        return f"{short}{split}@{self.seqlen}" + ("" if self.windows is None else f"x{self.windows}")
+
+    def cut(self, tokenizer: Any, seed: int) -> "TokenWindows":
+        """Tokenise and cut; the same seed gives the same windows.
+
+        Raises:
+            DataError: the text is too short.
+        """
+        if tokenizer is None:
+            return self._noise(seed)
+        documents = self.text.texts(self.split)
+        draw = self._joined if self.sampler == "joined" else self._drawn
+        tokens = draw(documents, tokenizer, seed)
+        return TokenWindows(tokens, self._provenance(tokens))
+
+    def _joined(self, documents: list[str], tokenizer: Any, seed: int) -> Int[Tensor, "n seq"]:
+        ids = encode(tokenizer, "\n\n".join(documents))
+        full = ids[: len(ids) // self.seqlen * self.seqlen].view(-1, self.seqlen)
+        chosen = full[self.offset :: self.stride][: self.windows]
+        if len(chosen) == 0 or (self.windows is not None and len(chosen) < self.windows):
+            raise DataError(
+                f"The text {self.text.name} ({self.split} split) is too short",
+                got=f"{len(ids)} tokens, {len(chosen)} windows of {self.seqlen} at every {self.stride}",
+                allowed=f"at least {self.windows or 1} windows",
+                fix="fewer windows, a shorter seqlen or a smaller stride",
+            )
+        return chosen.clone()
+
+    def _drawn(self, documents: list[str], tokenizer: Any, seed: int) -> Int[Tensor, "n seq"]:
+        rng = random.Random(seed)
+        assert self.windows is not None  # __post_init__ refuses None for this sampler
+        windows: list[Tensor] = []
+        for _ in range(200 * self.windows):
+            ids = encode(tokenizer, documents[rng.randint(0, len(documents) - 1)])
+            if len(ids) > self.seqlen:
+                start = rng.randint(0, len(ids) - self.seqlen - 1)
+                windows.append(ids[start : start + self.seqlen])
+            if len(windows) == self.windows:
+                return torch.stack(windows)
+        raise DataError(
+            f"Too few documents of {self.text.name} are longer than {self.seqlen} tokens",
+            got=f"{len(windows)} windows after {200 * self.windows} draws from {len(documents)} documents",
+            allowed=f"{self.windows} windows",
+            fix="the joined sampler (sampler=joined), or a shorter seqlen",
+        )
+
+    def _noise(self, seed: int) -> "TokenWindows":
+        """Random ids for a model without tokenizer; only its speed and memory mean anything."""
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(0, 1000, (self.windows or 64, self.seqlen), generator=generator)
+        return TokenWindows(tokens, {"source": "random token ids", "tokens_sha256": hash_tokens(tokens)})
+
+    def _provenance(self, tokens: Tensor) -> dict[str, Any]:
+        return {
+            **self.text.fingerprint(self.split),
+            "sampler": self.sampler,
+            "windows": len(tokens),
+            "seqlen": self.seqlen,
+            "tokens_sha256": hash_tokens(tokens),
+        }
+
+
+@dataclass(frozen=True)
+class TokenWindows:
+    """Token ids [n, seqlen] with where they come from."""
+
+    tokens: Int[Tensor, "n seq"]
+    provenance: dict[str, Any]
+
+
+def encode(tokenizer: Any, text: str) -> Int[Tensor, " n"]:
+    """Token ids with whatever beginning-of-text token the tokenizer adds, as the papers do."""
+    # verbose=False: text longer than the model's context is what we cut windows from.
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def hash_tokens(tokens: Int[Tensor, "n seq"]) -> str:
+    return hashlib.sha256(tokens.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+
+
+def describe(windows: Windows) -> dict[str, Any]:
+    """The part of a run's identity that names its text."""
+    return {k: v for k, v in asdict(windows).items() if k != "text"} | {"text": windows.text.name}

@@ -1,0 +1,1 @@
+"""Evaluators: a pruned model in, metrics out."""

@@ -1,0 +1,86 @@
+"""Perplexity as the pruning papers compute it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsify.data import Windows
+from sparsify.errors import DataError, NumericsError
+from sparsify.evaluation.base import Cut
+
+SLICE = 8192
+"""Predicted tokens whose logits are held at once."""
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, tokens: Int[Tensor, "n seq"], *, batch_size: int | None = None) -> float:
+    """exp of the mean cross-entropy (nats) over the seqlen - 1 predicted tokens of every window.
+
+    Windows are independent: each starts without context, and its first token is not predicted. Logits are made in
+    slices, so the memory needed does not grow with vocabulary times window.
+
+    Args:
+        model: a transformers causal language model, in eval mode.
+        tokens: token ids, [n, seqlen] with seqlen >= 2.
+        batch_size: windows per forward; None picks one for the device.
+
+    Raises:
+        DataError: no windows, or windows of fewer than two tokens.
+        NumericsError: the perplexity is not finite.
+    """
+    if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
+        raise DataError(
+            "Perplexity needs windows of at least two tokens",
+            got=f"a tensor of shape {tuple(tokens.shape)}",
+            allowed="token ids of shape [n, seqlen]",
+        )
+    device = next(model.parameters()).device
+    size = batch_size or max(1, (16_384 if device.type != "cpu" else 2_048) // tokens.shape[1])
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in tokens.split(size):
+        total += _summed_loss(model, batch.to(device))
+    mean = float(total) / (tokens.shape[0] * (tokens.shape[1] - 1))
+    if not math.isfinite(mean):
+        raise NumericsError("The perplexity is not finite", got=mean, fix="dtype=float32 if this is half precision")
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _summed_loss(model: nn.Module, batch: Int[Tensor, "b seq"]) -> Float[Tensor, ""]:
+    hidden = model.base_model(batch, use_cache=False).last_hidden_state  # type: ignore[operator]
+    predicted = hidden[:, :-1].flatten(0, 1)
+    labels = batch[:, 1:].flatten()
+    losses = [
+        F.cross_entropy(head_logits(model, h).float(), y, reduction="sum")
+        for h, y in zip(predicted.split(SLICE), labels.split(SLICE), strict=True)
+    ]
+    return torch.stack(losses).sum(dtype=torch.float64)
+
+
+def head_logits(model: nn.Module, hidden: Float[Tensor, "tok dim"]) -> Float[Tensor, "tok vocab"]:
+    """Logits of final hidden states, with the soft cap some families (Gemma 2) put on them."""
+    logits: Tensor = model.get_output_embeddings()(hidden)  # type: ignore[operator]
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity on one choice of windows, with the protocol tag that numbers must share to be compared.
+
+    Attributes:
+        windows: which text.
+    """
+
+    windows: Windows
+    version: int = 1
+
+    def evaluate(self, model: nn.Module, cut: Cut, batch_size: int | None = None) -> dict[str, Any]:
+        """`perplexity`, its `protocol` and the provenance of the text."""
+        text = cut(self.windows)
+        value = perplexity(model, text.tokens, batch_size=batch_size)
+        return {"metric": "perplexity", "value": value, "protocol": self.windows.protocol, "text": text.provenance}

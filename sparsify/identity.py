@@ -1,0 +1,91 @@
+"""What makes two runs the same run: a hash of the science, not of machines, batch sizes or loggers. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sparsify import registry
+
+SCIENCE = ("scale", "model", "dtype", "calibration", "heldout", "method", "pruner", "allocator", "pattern",
+           "sparsity", "seed")
+"""Config sections that a run's numbers depend on; everything else is how and where it runs."""
+
+
+def science(config: DictConfig) -> dict[str, Any]:
+    """The resolved science of a cell, with its texts and local weights by content."""
+    tree = {key: OmegaConf.to_container(config[key], resolve=True) if OmegaConf.is_config(config[key])
+            else config[key] for key in SCIENCE}
+    tree["sparsity"] = float(tree["sparsity"])
+    tree["model"] = _model_identity(tree["model"])
+    for part in ("calibration", "heldout"):
+        tree[part] = _text_identity(tree[part], tree["model"])
+    return tree
+
+
+def run_key(config: DictConfig) -> str:
+    """Name of the cell's folder under `results/runs`."""
+    return digest(science(config))
+
+
+def evaluation_keys(config: DictConfig) -> dict[str, str]:
+    """A key per evaluation, so that adding one runs only that one."""
+    run = science(config)
+    keys = {}
+    for name, node in config.eval.items():
+        tree = OmegaConf.to_container(node, resolve=True)
+        assert isinstance(tree, dict)
+        if "windows" in tree:
+            tree["windows"] = _text_identity(tree["windows"], run["model"])
+        keys[str(name)] = digest({"run": run, "evaluation": tree})
+    return keys
+
+
+def digest(tree: Any) -> str:
+    """16 hexadecimal digits of a JSON-like tree."""
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _text_identity(node: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """A window spec with the corpus replaced by its fingerprint."""
+    rest = {key: value for key, value in node.items() if key != "text"}
+    if str(model["_target_"]).endswith("ShapeModel"):
+        return rest | {"text": "random token ids"}
+    return rest | {"text": _fingerprint(json.dumps(node["text"], sort_keys=True), node["split"])}
+
+
+@cache
+def _fingerprint(corpus: str, split: str) -> dict[str, str]:
+    found: dict[str, str] = registry.make(OmegaConf.create(json.loads(corpus))).fingerprint(split)
+    # Where the text was found is in the record; the same bytes are the same science wherever they lie.
+    return {key: value for key, value in found.items() if key != "source" or "sha256" not in found}
+
+
+def _model_identity(node: dict[str, Any]) -> dict[str, Any]:
+    """The model config; a local folder is named by a hash of its files instead of by its path."""
+    folder = Path(str(node.get("id", "")))
+    if node.get("id") and folder.is_dir():
+        return {**node, "id": folder.name, "revision": _folder_hash(folder.resolve())}
+    return node
+
+
+@cache
+def _folder_hash(folder: Path) -> str:
+    """Names, sizes and first and last megabyte of every config, tokenizer and weight file."""
+    total = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt"):
+            size = file.stat().st_size
+            total.update(f"{file.name}:{size}:".encode())
+            with open(file, "rb") as handle:
+                total.update(handle.read(1 << 20))
+                handle.seek(max(0, size - (1 << 20)))
+                total.update(handle.read(1 << 20))
+    return total.hexdigest()[:40]

@@ -1,0 +1,252 @@
+"""Loading a model: a GGUF from a package, a hub id or folder, or random weights of a given shape."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+from sparsify import paths
+from sparsify.errors import DataError, SparsifyError, UsageError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode, without gradients, and its tokenizer (None for random weights)."""
+
+    model: nn.Module
+    tokenizer: Any
+
+
+class ModelSource(Protocol):
+    """Something that can become a model.
+
+    Attributes:
+        name: short name for records and tables.
+        num_blocks: decoder blocks if known beforehand, so that limits can be checked before any work.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def num_blocks(self) -> int | None: ...
+
+    def load(self, dtype: str, device: str) -> Loaded: ...
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype of that name.
+
+    Raises:
+        UsageError: not one of float32, float16, bfloat16.
+    """
+    if name not in DTYPES:
+        raise UsageError("Unknown dtype", got=name, allowed=", ".join(DTYPES))
+    return DTYPES[name]
+
+
+def pick_device(name: str) -> str:
+    """`auto` is the first accelerator, else the CPU.
+
+    Raises:
+        UsageError: not a device torch can use here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError("This device is not available", got=name, allowed="auto, cpu, cuda, mps") from error
+    return name
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """Any decoder language model of the hub, or a local folder in its format.
+
+    Attributes:
+        id: hub id (`org/name`) or folder.
+        revision: pinned commit; ignored for folders.
+        gated: whether the hub asks for an accepted licence and a token.
+    """
+
+    name: str
+    id: str
+    revision: str | None = None
+    num_blocks: int | None = None
+    gated: bool = False
+
+    def load(self, dtype: str, device: str) -> Loaded:
+        """Load weights in `dtype` straight to `device`.
+
+        Raises:
+            DataError: neither a folder nor reachable on the hub.
+        """
+        from transformers import AutoTokenizer
+
+        torch_dtype, where = parse_dtype(dtype), pick_device(device)
+        try:
+            model = _from_folder(self.id, torch_dtype, where, revision=self.revision)
+            tokenizer = AutoTokenizer.from_pretrained(self.id, revision=self.revision)
+        except (OSError, ValueError) as error:
+            token = " and a token (hf auth login) with the licence accepted" if self.gated else ""
+            raise DataError(
+                f"The model {self.name} could not be loaded",
+                got=f"{self.id}: {str(error).strip().splitlines()[0]}",
+                allowed=f"a folder with config.json, tokenizer and weights, or a hub id{token}",
+                fix="check the spelling, or run without the hub: model=smollm2-135m",
+            ) from error
+        return _finish(model, tokenizer)
+
+
+@dataclass(frozen=True)
+class GGUFModel:
+    """A GGUF file shipped by a Python package, dequantised once into a safetensors folder.
+
+    Attributes:
+        file: path below `assets`.
+        sha256: of the file; a different file is refused.
+        package: the requirement that ships it, for the message when it is missing.
+    """
+
+    name: str
+    file: str
+    sha256: str
+    package: str
+    num_blocks: int | None = None
+
+    def load(self, dtype: str, device: str) -> Loaded:
+        """Convert if needed (about 20 s, once), check the hash, load.
+
+        Raises:
+            DataError: the package is not installed or its file is not the pinned one.
+        """
+        from transformers import AutoTokenizer
+
+        torch_dtype, where = parse_dtype(dtype), pick_device(device)
+        folder = self._converted()
+        model = _from_folder(str(folder), torch_dtype, where)
+        return _finish(model, AutoTokenizer.from_pretrained(folder))
+
+    def _converted(self) -> Path:
+        folder = paths.cache() / f"{self.name}-{self.sha256[:12]}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not _intact(folder):
+                self._convert(folder)
+        return folder
+
+    def _convert(self, folder: Path) -> None:
+        source = paths.assets() / self.file
+        if not source.is_file():
+            raise DataError(
+                f"The weights of {self.name} are not installed", got=f"no file {source}", fix="make setup"
+            )
+        if (found := _hash(source)) != self.sha256:
+            raise DataError(
+                f"{source.name} is not the pinned file", got=f"sha256 {found}", allowed=self.sha256,
+                fix=f"remove {paths.assets()} and run make setup ({self.package})",
+            )
+        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
+        try:
+            _dequantise(source, draft)
+            weights = draft / "model.safetensors"
+            (draft / "converted.json").write_text(json.dumps({"from": self.sha256, "sha256": _hash(weights)}))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(draft, folder)
+        except OSError as error:
+            raise SparsifyError(
+                f"The converted weights of {self.name} could not be written",
+                got=error, fix="free 600 MB, or point SPARSIFY_CACHE at another disk",
+            ) from error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class ShapeModel:
+    """Random weights in the shape of a model, made on the device: for time and memory, never for quality.
+
+    Attributes:
+        config: keyword arguments of the transformers configuration, with `model_type`.
+    """
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    num_blocks: int | None = None
+
+    def load(self, dtype: str, device: str) -> Loaded:
+        """Build the model on `device`; there is no tokenizer."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        options = dict(self.config)
+        config = AutoConfig.for_model(options.pop("model_type"), **options)
+        with torch.device(pick_device(device)):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=parse_dtype(dtype))
+        return _finish(model, None)
+
+
+def _from_folder(source: str, dtype: torch.dtype, device: str, **options: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    with _quiet():
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    return model.to(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers: the console has its own line for loading."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _finish(model: nn.Module, tokenizer: Any) -> Loaded:
+    model.requires_grad_(False)
+    return Loaded(model.eval(), tokenizer)
+
+
+def _dequantise(source: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+
+
+def _intact(folder: Path) -> bool:
+    """Whether the folder is a finished conversion whose weights still have the recorded hash."""
+    note, weights = folder / "converted.json", folder / "model.safetensors"
+    if not (note.is_file() and weights.is_file()):
+        return False
+    return bool(json.loads(note.read_text())["sha256"] == _hash(weights))
+
+
+def _hash(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

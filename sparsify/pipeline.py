@@ -1,0 +1,230 @@
+"""One cell, from config to record: load, calibrate, allocate, prune, evaluate, record. Read this file first."""
+
+import json
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from sparsify import console, identity, provenance, registry
+from sparsify.blocks import BlockView
+from sparsify.core import PruneResult, Recipe, prune_model
+from sparsify.data import TokenWindows, Windows
+from sparsify.errors import RecordError, SparsifyError
+from sparsify.evaluation.base import Evaluator
+from sparsify.models import Loaded, pick_device
+from sparsify.records import Store
+from sparsify.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A validated config: its identity and the objects it names. Nothing is loaded yet."""
+
+    key: str
+    science: dict[str, Any]
+    evaluation_keys: dict[str, str]
+    recipe: Recipe
+    calibration: Windows
+    heldout: Windows
+    evaluators: dict[str, Evaluator]
+    tracker: Tracker
+    config: DictConfig
+
+    @classmethod
+    def of(cls, config: DictConfig) -> "Cell":
+        """Build every part, so that a bad value is refused before a weight is read.
+
+        Raises:
+            SparsifyError: the first thing that is wrong.
+        """
+        recipe = Recipe.of(
+            registry.make(config.pruner),
+            registry.make(config.allocator),
+            registry.make(config.method),
+            config.pattern,
+            config.sparsity,
+        )
+        if config.model.get("num_blocks"):
+            recipe.allocator.check(recipe.sparsity, config.model.num_blocks)
+        pick_device(config.device)
+        return cls(
+            key=identity.run_key(config),
+            science=identity.science(config),
+            evaluation_keys=identity.evaluation_keys(config),
+            recipe=recipe,
+            calibration=registry.make(config.calibration),
+            heldout=registry.make(config.heldout),
+            evaluators={str(name): registry.make(node) for name, node in config.eval.items()},
+            tracker=registry.make(config.logger),
+            config=config,
+        )
+
+
+@dataclass
+class Bench:
+    """A dense model kept between the cells of a process: restored from a copy, never loaded twice."""
+
+    loaded: Loaded
+    view: BlockView
+    dense: dict[str, torch.Tensor]
+    memos: dict[str, dict[Any, Any]] = field(default_factory=dict)
+    cuts: dict[str, TokenWindows] = field(default_factory=dict)
+
+    def cut(self, windows: Windows, seed: int) -> TokenWindows:
+        """Tokens of a window spec, cut once per process."""
+        name = f"{windows!r}:{seed}"
+        if name not in self.cuts:
+            self.cuts[name] = windows.cut(self.loaded.tokenizer, seed)
+        return self.cuts[name]
+
+    def memo(self, tokens: TokenWindows) -> dict[Any, Any]:
+        """Answers about the dense model on this calibration text."""
+        return self.memos.setdefault(tokens.provenance["tokens_sha256"], {})
+
+
+@lru_cache(maxsize=1)
+def bench(model: str, dtype: str, device: str) -> Bench:
+    """Load a model (its config as JSON, so that it can be a cache key)."""
+    source = registry.make(OmegaConf.create(json.loads(model)))
+    with console.status(f"loading {source.name} ({dtype}, {device})"):
+        loaded = source.load(dtype, device)
+    view = BlockView(loaded.model)
+    return Bench(loaded, view, view.snapshot())
+
+
+def run_cell(config: DictConfig) -> dict[str, Any]:
+    """Run a cell unless its record is complete, and return the record.
+
+    Raises:
+        SparsifyError: what went wrong; a failed record is left behind unless there is a good one.
+    """
+    cell = Cell.of(config)
+    store = Store(config.results)
+    state = store.state(cell.key, cell.evaluation_keys)
+    if state == "done":
+        return _finish(cell, store, fresh=False)
+    with store.lease(cell.key):
+        try:
+            _work(cell, store)
+        except Exception as error:
+            _record_failure(cell, store, error)
+            raise
+    return _finish(cell, store, fresh=True)
+
+
+def _work(cell: Cell, store: Store) -> None:
+    """Prune, then evaluate what the record does not have yet; the record is written after every step."""
+    config, start = cell.config, time.perf_counter()
+    model = json.dumps(OmegaConf.to_container(config.model, resolve=True), sort_keys=True)
+    stand = bench(model, config.dtype, pick_device(config.device))
+    stand.view.restore(stand.dense)
+    calibration = stand.cut(cell.calibration, config.seed)
+    console.cell_started(config, cell.key)
+    seconds = {"load": time.perf_counter() - start}
+    with console.bar("pruning") as progress, _clock(stand.view.device, seconds, "prune"):
+        result = _prune(cell, stand, calibration, progress)
+    record = _new_record(cell, result, calibration, seconds)
+    old = store.read(cell.key)
+    record["evaluations"] = _still_valid(old, cell)
+    store.write(cell.key, record)
+    for name, evaluator in cell.evaluators.items():
+        if name not in record["evaluations"]:
+            with console.status(f"evaluating {name}"), _clock(stand.view.device, seconds, name):
+                measured = evaluator.evaluate(
+                    stand.loaded.model, lambda windows: stand.cut(windows, config.seed), config.batch_size
+                )
+            record["evaluations"][name] = {"key": cell.evaluation_keys[name], **measured}
+            store.write(cell.key, record)
+    store.write(cell.key, {**record, "status": "done"})
+
+
+def _prune(
+    cell: Cell, stand: Bench, calibration: TokenWindows, progress: Callable[[int, int], None]
+) -> PruneResult:
+    heldout = stand.cut(cell.heldout, cell.config.seed)
+    return prune_model(
+        stand.view,
+        calibration.tokens,
+        cell.recipe,
+        heldout=heldout.tokens,
+        batch_size=cell.config.batch_size,
+        dense=stand.dense,
+        memo=stand.memo(calibration),
+        progress=progress,
+    )
+
+
+def _new_record(
+    cell: Cell, result: PruneResult, calibration: TokenWindows, seconds: dict[str, float]
+) -> dict[str, Any]:
+    return {
+        "status": "running",
+        "science": cell.science,
+        "sparsity": result.sparsity,
+        "ledger": {**asdict(result.plan.ledger), "achieved": result.sparsity},
+        "trials": [dict(trial) for trial in result.plan.trials],
+        "notes": dict(result.plan.notes),
+        "plan": result.plan.to_rows(),
+        "layers": result.to_rows(),
+        "calibration": calibration.provenance,
+        "evaluations": {},
+        "seconds": seconds,
+        "execution": provenance.execution(cell.config),
+    }
+
+
+def _still_valid(old: dict[str, Any] | None, cell: Cell) -> dict[str, Any]:
+    """Evaluations of an earlier run of this cell, those of the same key."""
+    wanted = cell.evaluation_keys
+    return {
+        name: item for name, item in (old or {}).get("evaluations", {}).items()
+        if wanted.get(name, item["key"]) == item["key"]
+    }
+
+
+def _record_failure(cell: Cell, store: Store, error: Exception) -> None:
+    """Say in the store what failed, unless that would replace results or the store is what failed."""
+    if isinstance(error, RecordError) or (store.read(cell.key) or {}).get("evaluations"):
+        return
+    message = error.paragraph() if isinstance(error, SparsifyError) else f"{type(error).__name__}: {error}"
+    store.write(
+        cell.key,
+        {
+            "status": "failed",
+            "science": cell.science,
+            "error": message,
+            "traceback": "".join(traceback.format_exception(error)),
+            "evaluations": {},
+            "execution": provenance.execution(cell.config),
+        },
+    )
+
+
+def _finish(cell: Cell, store: Store, fresh: bool) -> dict[str, Any]:
+    record = store.read(cell.key)
+    assert record is not None
+    console.cell_finished(cell.config, record, store.folder(cell.key) / "record.json", fresh)
+    if fresh:
+        cell.tracker.log(record)
+    return record
+
+
+class _clock:
+    """Wall seconds of a block of work, the device's queue included."""
+
+    def __init__(self, device: torch.device, seconds: dict[str, float], name: str) -> None:
+        self.device, self.seconds, self.name = device, seconds, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[self.name] = time.perf_counter() - self.start

@@ -1,0 +1,33 @@
+"""RIA: relative importance of a weight within its row and column, times a power of the input norm."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsify.masks import Group
+from sparsify.pruners.base import ScorePruner
+from sparsify.stats import LayerStats
+
+
+@dataclass(frozen=True)
+class RIA(ScorePruner):
+    """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||_2^a, compared over the whole matrix.
+
+    Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models"
+    (ICLR 2024), Eq. 3-4. Channel permutation for N:M is not part of this pruner.
+
+    Attributes:
+        a: exponent of the input norm.
+        group: `matrix` as released; `row` is the release's `--per_outneuron`.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"norm"})
+    group: Group = "matrix"
+    a: float = 0.5
+
+    def score(self, weight: Float[Tensor, "out inp"], stats: LayerStats) -> Float[Tensor, "out inp"]:
+        size = weight.float().abs()
+        relative = size / size.sum(dim=0).clamp_min(1e-30) + size / size.sum(dim=1, keepdim=True).clamp_min(1e-30)
+        return relative * stats.norm**self.a

@@ -1,0 +1,199 @@
+"""The record store: one folder per cell, written atomically, held by a lease while a process works on it. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from sparsify.errors import RecordError
+
+State = Literal["done", "running", "failed", "missing"]
+SCHEMA = 1
+HEARTBEAT_SECONDS = 30.0
+STALE_SECONDS = 300.0
+"""A lease of another host is dead when its heartbeat is older than this."""
+
+
+class Store:
+    """Records under `<results>/runs/<key>/record.json`.
+
+    Args:
+        results: the results folder.
+    """
+
+    def __init__(self, results: str | Path) -> None:
+        self.runs = Path(results) / "runs"
+
+    def folder(self, key: str) -> Path:
+        return self.runs / key
+
+    def read(self, key: str) -> dict[str, Any] | None:
+        """The record, or None if there is none.
+
+        Raises:
+            RecordError: the file is not a record.
+        """
+        file = self.folder(key) / "record.json"
+        try:
+            record = json.loads(file.read_text(encoding="utf8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RecordError("A record cannot be read", got=f"{file}: {error}", fix=f"remove {file}") from error
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            raise RecordError(
+                "A record has an unknown layout", got=f"{file}", allowed=f"schema {SCHEMA}", fix=f"remove {file}"
+            )
+        return record
+
+    def write(self, key: str, record: Mapping[str, Any]) -> Path:
+        """Write the record so that a reader sees the old one or the new one, never half of it.
+
+        Raises:
+            RecordError: the disk is full or not writable; the old record is untouched.
+        """
+        file = self.folder(key) / "record.json"
+        text = json.dumps({"schema": SCHEMA, "key": key, **record}, indent=1, allow_nan=False)
+        write_atomically(file, text)
+        return file
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """All records, in order of key."""
+        for folder in sorted(self.runs.glob("*/")):
+            record = self.read(folder.name)
+            if record is not None:
+                yield record
+
+    def state(self, key: str, evaluations: Mapping[str, str]) -> State:
+        """What is known of a cell that should have these evaluations (name -> key)."""
+        if self.holder(key) is not None:
+            return "running"
+        record = self.read(key)
+        if record is None:
+            return "missing"
+        if record["status"] == "failed":
+            return "failed"
+        have = {item["key"] for item in record["evaluations"].values()}
+        return "done" if record["status"] == "done" and set(evaluations.values()) <= have else "missing"
+
+    def holder(self, key: str) -> str | None:
+        """`host:pid` of the process that works on the cell, None if nobody alive does."""
+        lease = _read_lease(self.folder(key) / "lease")
+        return f"{lease['host']}:{lease['pid']}" if lease and _alive(self.folder(key) / "lease", lease) else None
+
+    @contextmanager
+    def lease(self, key: str) -> Iterator[None]:
+        """Hold the cell; a dead process' lease is taken over.
+
+        Raises:
+            RecordError: another process holds it.
+        """
+        file = self.folder(key) / "lease"
+        _take(file)
+        stop = threading.Event()
+        beat = threading.Thread(target=_heartbeat, args=(file, stop), daemon=True)
+        beat.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            beat.join()
+            file.unlink(missing_ok=True)
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text file through a temporary sibling and a rename.
+
+    Raises:
+        RecordError: it could not be written; what was there before is untouched.
+    """
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(draft, "w", encoding="utf8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(draft, file)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise RecordError(
+            f"{file.name} could not be written",
+            got=f"{file}: {error.strerror or error}",
+            allowed="a writable folder with free space",
+            fix="free some space or set results=<other folder>; everything finished so far is safe",
+        ) from error
+
+
+def _take(file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_dead(file)
+        handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        lease = _read_lease(file)
+        who = f"{lease['host']}:{lease['pid']}" if lease else "another process"
+        raise RecordError(
+            "This cell is being worked on", got=f"held by {who}", fix=f"wait for it, or remove {file} if it is dead"
+        ) from None
+    except OSError as error:
+        raise RecordError(
+            "The cell's folder cannot be written", got=f"{file.parent}: {error.strerror}",
+            fix="free some space or set results=<other folder>",
+        ) from error
+    with os.fdopen(handle, "w") as lease_file:
+        json.dump(_me(), lease_file)
+
+
+def _me() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def _sweep_dead(file: Path) -> None:
+    """Remove a dead lease; the rename lets only one of several takers win."""
+    lease = _read_lease(file)
+    if file.exists() and (lease is None or not _alive(file, lease)):
+        grave = file.with_name(f"lease.dead.{os.getpid()}")
+        try:
+            os.rename(file, grave)
+        except FileNotFoundError:
+            return
+        grave.unlink()
+
+
+def _read_lease(file: Path) -> dict[str, Any] | None:
+    try:
+        lease = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return lease if isinstance(lease, dict) else None
+
+
+def _alive(file: Path, lease: Mapping[str, Any]) -> bool:
+    if lease["host"] == socket.gethostname():
+        try:
+            process = psutil.Process(lease["pid"])
+            return abs(process.create_time() - lease["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+    try:
+        return time.time() - file.stat().st_mtime < STALE_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _heartbeat(file: Path, stop: threading.Event) -> None:
+    while not stop.wait(HEARTBEAT_SECONDS):
+        try:
+            os.utime(file)
+        except FileNotFoundError:
+            return

@@ -1,0 +1,253 @@
+"""The block walk: calibration windows carried through the model one block at a time.
+
+The model's own forward is asked once how it calls each block (masks, rotary embeddings, per layer type), with the
+blocks themselves replaced by recorders; after that each block is called directly, batch by batch, and its output
+overwrites its input in one activation buffer.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sparsify.blocks import BlockView, Layer
+from sparsify.errors import DataError, NumericsError
+from sparsify.stats import Accumulator, LayerStats
+
+CACHES = ("past_key_values", "past_key_value", "layer_past", "use_cache")
+"""Arguments that would make a block remember earlier batches."""
+
+
+def default_batch_size(device: torch.device, seqlen: int) -> int:
+    """Windows per forward: 16,384 tokens on an accelerator, 2,048 on a CPU, at least one window."""
+    return max(1, (16_384 if device.type != "cpu" else 2_048) // seqlen)
+
+
+class Walk:
+    """Hidden states of all windows, standing before block `position`.
+
+    Args:
+        view: the model's blocks.
+        tokens: token ids, [n, seqlen].
+        batch_size: windows per forward; None picks one for the device.
+
+    Raises:
+        DataError: there are no tokens.
+    """
+
+    def __init__(self, view: BlockView, tokens: Int[Tensor, "n seq"], batch_size: int | None = None) -> None:
+        if tokens.ndim != 2 or tokens.numel() == 0:
+            raise DataError(
+                "Calibration needs at least one window of tokens",
+                got=f"a tensor of shape {tuple(tokens.shape)}",
+                allowed="token ids of shape [n, seqlen]",
+            )
+        self.view = view
+        size = batch_size or default_batch_size(view.device, tokens.shape[1])
+        self.batches = [slice(i, min(i + size, len(tokens))) for i in range(0, len(tokens), size)]
+        self.hidden, self.calls = _enter(view, tokens, self.batches)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    @torch.no_grad()
+    def advance(self, block: int) -> None:
+        """Replace the hidden states by the block's outputs."""
+        for i, _ in enumerate(self.batches):
+            self._step(block, i, keep=True)
+
+    @torch.no_grad()
+    def observe(
+        self, block: int, needs: frozenset[str], *, only: frozenset[str] | None = None, advance: bool = False
+    ) -> dict[str, LayerStats]:
+        """Statistics of the inputs of the block's layers, by layer name.
+
+        Args:
+            block: index of the block; the hidden states must stand before it.
+            needs: which statistics, a subset of `stats.NEEDS`.
+            only: names of the layers to observe; None for all.
+            advance: also replace the hidden states by the outputs (saves a pass when the block stays as it is).
+
+        Raises:
+            NumericsError: an observed layer saw no token.
+        """
+        layers = [x for x in self.view.layers_of(block) if only is None or x.spec.name in only]
+        with _Taps(layers, needs, stop_early=not advance) as taps:
+            for i, _ in enumerate(self.batches):
+                self._step(block, i, keep=advance)
+                taps.end_batch()
+        return taps.finalise(len(self))
+
+    @torch.no_grad()
+    def shared_inputs(self, block: int) -> list[frozenset[str]]:
+        """Layer names grouped by the input they share, in the order the block runs them."""
+        with _Taps(self.view.layers_of(block), frozenset(), stop_early=False) as taps:
+            self._step(block, 0, keep=False)
+            taps.end_batch()
+        return [frozenset(group) for group in taps.groups.values()]
+
+    def _step(self, block: int, batch: int, keep: bool) -> None:
+        where = self.batches[batch]
+        try:
+            out = self.view.blocks[block](self.hidden[where], **self.calls[batch][block])
+        except _Enough:
+            return
+        if keep:
+            self.hidden[where] = _first(out)
+
+
+def _first(out: Any) -> Tensor:
+    """The hidden states among a block's outputs: a tensor in most families, first of a tuple in some."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+class _Enough(Exception):
+    """Raised inside a block once its last observed input has been seen."""
+
+
+class _Taps:
+    """Pre-hooks that fold each distinct layer input once; always removed, whatever happens inside."""
+
+    def __init__(self, layers: list[Layer], needs: frozenset[str], stop_early: bool) -> None:
+        self.layers = layers
+        self.needs = needs
+        self.stop_early = stop_early
+        self.groups: dict[str, list[str]] = {}
+        self.sums: dict[str, Accumulator] = {}
+        self.held: dict[Any, tuple[str, Tensor]] = {}
+        self.learning = True
+
+    def __enter__(self) -> "_Taps":
+        self.handles = {
+            x.spec.name: x.module.register_forward_pre_hook(self._tap(x.spec.name), with_kwargs=True)
+            for x in self.layers
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles.values():
+            handle.remove()
+        self.held.clear()
+
+    def _tap(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if self.learning and not self._leads(name, x):
+                return
+            self.sums[name].fold(x)
+            if self.stop_early and not self.learning and name == next(reversed(self.groups)):
+                raise _Enough
+
+        return hook
+
+    def _leads(self, name: str, x: Tensor) -> bool:
+        """Whether `name` is the first layer to read this very tensor (held, so its address is not reused)."""
+        key = (x.data_ptr(), x.shape, x.stride())
+        leader, _ = self.held.setdefault(key, (name, x))
+        self.groups.setdefault(leader, []).append(name)
+        self.sums.setdefault(leader, Accumulator(self.needs))
+        return leader == name
+
+    def end_batch(self) -> None:
+        """After the first batch only the first reader of each input keeps its hook."""
+        if self.learning:
+            for name in set(self.handles) - set(self.groups):
+                self.handles.pop(name).remove()
+            self.held.clear()
+            self.learning = False
+
+    def finalise(self, samples: int) -> dict[str, LayerStats]:
+        stats: dict[str, LayerStats] = {}
+        for leader, names in self.groups.items():
+            stats.update(dict.fromkeys(names, self.sums[leader].finalise(samples)))
+        for layer in self.layers:
+            if layer.spec.name not in stats:
+                raise NumericsError(
+                    f"Layer {layer.spec.name} saw no calibration token", fix="use more calibration windows"
+                )
+        return stats
+
+
+Calls = list[list[dict[str, Any]]]
+"""Keyword arguments of every block (inner) for every batch (outer)."""
+
+
+@torch.no_grad()
+def _enter(
+    view: BlockView, tokens: Int[Tensor, "n seq"], batches: list[slice]
+) -> tuple[Float[Tensor, "n seq dim"], Calls]:
+    """Hidden states before block 0, and how the model calls each block for each batch."""
+    tuples = _returns_tuple(view, tokens[:1, :2])
+    inputs: list[Tensor] = []
+    calls: Calls = []
+    for where in batches:
+        with _recording(view, tuples) as (first, seen):
+            view.model(tokens[where].to(view.device), use_cache=False)
+        inputs.append(first[0])
+        calls.append(_same_or(calls[0], seen) if calls else seen)
+    return torch.cat(inputs), calls
+
+
+@contextmanager
+def _recording(view: BlockView, tuples: list[bool]) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
+    """Replace every block's forward by a recorder that passes the hidden states through."""
+    first: list[Tensor] = []
+    seen: list[dict[str, Any]] = [{} for _ in view.blocks]
+
+    def recorder(i: int, names: list[str]) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            hidden = given.pop(names[0])
+            if i == 0:
+                first.append(hidden)
+            seen[i] = {k: v for k, v in given.items() if k not in CACHES}
+            return (hidden, None) if tuples[i] else hidden
+
+        return forward
+
+    before = [block.__dict__.get("forward") for block in view.blocks]
+    names = [list(inspect.signature(block.forward).parameters) for block in view.blocks]
+    try:
+        for i, block in enumerate(view.blocks):
+            block.forward = recorder(i, names[i])
+        yield first, seen
+    finally:
+        for block, old in zip(view.blocks, before, strict=True):
+            del block.forward
+            if old is not None:
+                block.forward = old
+
+
+def _returns_tuple(view: BlockView, probe: Int[Tensor, "1 few"]) -> list[bool]:
+    """Run a few tokens through the real model to see which blocks return tuples."""
+    kinds: dict[int, bool] = {}
+
+    def note(i: int) -> Any:
+        return lambda _module, _args, out: kinds.__setitem__(i, isinstance(out, tuple))
+
+    handles = [block.register_forward_hook(note(i)) for i, block in enumerate(view.blocks)]
+    try:
+        view.model(probe.to(view.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [kinds[i] for i in range(len(view.blocks))]
+
+
+def _same_or(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`old` where the arguments are equal (the usual case), so that masks are stored once, not once a batch."""
+    return [a if _equal(a, b) else b for a, b in zip(old, new, strict=True)]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(torch.equal(a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and bool(a == b)

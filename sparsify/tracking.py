@@ -1,0 +1,88 @@
+"""Sinks for finished records. The record on disk is the result; a sink that fails is a warning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sparsify import console
+
+
+class Tracker(Protocol):
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Send a finished record somewhere; must not raise."""
+
+
+@dataclass(frozen=True)
+class NoTracker:
+    """Keeps records on disk only."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """One wandb run per record: config, metrics, the per-layer table, curves over depth.
+
+    Attributes:
+        project: wandb project.
+        mode: `offline` unless told otherwise, so that no key and no network are needed.
+        folder: where offline runs are kept.
+    """
+
+    project: str = "layerwise-sparsity"
+    mode: str = "offline"
+    folder: str = "results"
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Write the record to wandb; whatever goes wrong becomes one warning line."""
+        try:
+            self._send(record)
+        except Exception as error:
+            console.warn(f"wandb was not written ({type(error).__name__}: {error}); the record itself is safe")
+
+    def _send(self, record: Mapping[str, Any]) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        run = wandb.init(
+            project=self.project, dir=self.folder, mode=self.mode, id=record["key"], config=record["science"],
+            resume="allow", reinit="finish_previous",
+        )
+        try:
+            run.summary.update(metrics(record))
+            rows = layer_rows(record)
+            run.log({"layers": wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])})
+            for step, values in enumerate(block_curves(record)):
+                run.log({"block": step, **values})
+            for trial in record["trials"]:
+                run.log({f"trial/{name}": value for name, value in trial.items()})
+        finally:
+            run.finish()
+
+
+def metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    """Flat numbers of a record: every evaluation, the sparsity, the timings."""
+    values = {f"{name}/{item['metric']}": item["value"] for name, item in record["evaluations"].items()}
+    return values | {"sparsity": record["sparsity"]} | {f"seconds/{k}": v for k, v in record["seconds"].items()}
+
+
+def layer_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "notes"} for row in record["layers"]]
+
+
+def block_curves(record: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Sparsity and mean output error of each block."""
+    blocks: dict[int, list[Mapping[str, Any]]] = {}
+    for row in record["layers"]:
+        blocks.setdefault(row["block"], []).append(row)
+    return [
+        {
+            "curve/sparsity": sum(r["zeros"] for r in rows) / sum(r["numel"] for r in rows),
+            "curve/error": sum(r["error"] for r in rows) / len(rows),
+        }
+        for rows in (blocks[i] for i in sorted(blocks))
+    ]

@@ -1,0 +1,187 @@
+"""The nouns of the project: pattern, target, layer, plan. No torch here, so reports can import them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sparsify.errors import PatternError, UsageError
+
+_N_OF_M = re.compile(r"(\d+|mixed):(\d+)")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Where zeros may stand: anywhere, or keep N of every M consecutive inputs of a row.
+
+    N:M always counts *kept* weights (the released Wanda and OWL code counts zeros).
+
+    Attributes:
+        group: M, or None for unstructured.
+        kept: N, or None when each layer gets its own N (`mixed:M`).
+    """
+
+    group: int | None = None
+    kept: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.group is None:
+            if self.kept is not None:
+                raise PatternError("A pattern with N needs M", got=self)
+        elif self.group < 2 or (self.kept is not None and not 0 < self.kept <= self.group):
+            raise PatternError(
+                "Not an N:M pattern", got=str(self), allowed="1 <= N <= M and M >= 2, N counts kept weights"
+            )
+
+    @classmethod
+    def parse(cls, text: str | Pattern) -> Pattern:
+        """Read `unstructured`, `2:4` (keep 2 of 4) or `mixed:8` (each layer its own N of 8)."""
+        if isinstance(text, Pattern):
+            return text
+        if text == "unstructured":
+            return cls()
+        match = _N_OF_M.fullmatch(text)
+        if match is None:
+            raise PatternError(
+                "Unknown sparsity pattern", got=repr(text), allowed="unstructured, N:M (keep N of M), mixed:M"
+            )
+        kept, group = match.groups()
+        return cls(int(group), None if kept == "mixed" else int(kept))
+
+    @property
+    def sparsity(self) -> float | None:
+        """The zero fraction that a fixed N:M implies; None where it is free."""
+        return None if self.kept is None or self.group is None else 1 - self.kept / self.group
+
+    def __str__(self) -> str:
+        if self.group is None:
+            return "unstructured"
+        return f"{'mixed' if self.kept is None else self.kept}:{self.group}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one layer is asked for: a zero fraction and, for N:M, how many of how many to keep."""
+
+    sparsity: float
+    kept: int | None = None
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.sparsity <= 1.0:
+            raise UsageError("A sparsity is a fraction of zeros", got=self.sparsity, allowed="0 <= sparsity <= 1")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One prunable matrix: full module name, block index, name inside the block, shape."""
+
+    name: str
+    block: int
+    kind: str
+    out_features: int
+    in_features: int
+
+    @property
+    def numel(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """All prunable matrices of a model, in the order of the forward pass."""
+
+    layers: tuple[LayerSpec, ...]
+
+    def __iter__(self) -> Iterator[LayerSpec]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(set(layer.block for layer in self.layers))
+
+    @property
+    def numel(self) -> int:
+        return sum(layer.numel for layer in self.layers)
+
+    def block_numels(self) -> list[int]:
+        """Prunable weights of each block, in order."""
+        numels = dict.fromkeys(sorted({layer.block for layer in self.layers}), 0)
+        for layer in self.layers:
+            numels[layer.block] += layer.numel
+        return list(numels.values())
+
+    def spread(self, by_block: list[float]) -> dict[str, float]:
+        """Give each layer the value of its block."""
+        position = {block: i for i, block in enumerate(sorted({layer.block for layer in self.layers}))}
+        return {layer.name: by_block[position[layer.block]] for layer in self.layers}
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What became of the budget, as parameter-weighted zero fractions.
+
+    Attributes:
+        wanted: what the user asked for.
+        raw: mean of the allocator's rule before any correction.
+        clipped: mean after clipping to the bounds and re-solving.
+        rounded: mean after rounding to the pattern (equal to `clipped` for unstructured).
+        num_clipped: layers held at a bound.
+    """
+
+    wanted: float
+    raw: float
+    clipped: float
+    rounded: float
+    num_clipped: int = 0
+
+
+@dataclass(frozen=True)
+class SparsityPlan:
+    """A target for every layer, with the ledger and whatever a search tried on the way."""
+
+    targets: Mapping[str, Target]
+    ledger: Ledger
+    trials: tuple[Mapping[str, float], ...] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def sparsities(self) -> dict[str, float]:
+        return {name: target.sparsity for name, target in self.targets.items()}
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One JSON-ready row per layer."""
+        return [{"name": name, **asdict(target)} for name, target in self.targets.items()]
+
+    @classmethod
+    def from_rows(cls, rows: list[dict[str, Any]], ledger: Mapping[str, Any]) -> SparsityPlan:
+        """Rebuild a plan from `to_rows` and the ledger of a record."""
+        targets = {
+            row["name"]: Target(row["sparsity"], row.get("kept"), row.get("group")) for row in rows
+        }
+        return cls(targets, Ledger(**ledger))
+
+
+def check_sparsity(value: float) -> float:
+    """Return `value` as a float if it is a fraction of zeros below one.
+
+    Raises:
+        UsageError: outside [0, 1).
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0.0 <= number < 1.0:
+        hint = f"sparsity={number / 100:g}" if 1 < number <= 100 else "sparsity=0.7"
+        raise UsageError(
+            "sparsity is the fraction of zeros over the linear weights of all blocks",
+            got=value,
+            allowed="0 <= sparsity < 1",
+            fix=hint,
+        )
+    return number
