@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sparsify import registry
 from sparsify.errors import SparsifyError
 
 
@@ -81,16 +82,14 @@ def duration(seconds: float) -> str:
 
 def describe(science: Mapping[str, Any]) -> str:
     """A cell in a few words: `smollm2-135m, wanda + atp(beta=0.01), 70%`."""
-    allocator = component(science["allocator"])
+    if not science["sparsity"]:
+        return f"{science['model']['name']}, dense"
+    allocator = registry.name_of("allocator", science["allocator"])
     beta = science["allocator"].get("beta")
     knob = f"(beta={beta})" if beta is not None else ""
     pattern = "" if science["pattern"] == "unstructured" else f" {science['pattern']}"
-    what = f"{component(science['pruner'])} + {allocator}{knob}, {float(science['sparsity']):.0%}{pattern}"
-    return f"{science['model']['name']}, {what if science['sparsity'] else 'dense'}"
-
-
-def component(node: Mapping[str, Any]) -> str:
-    return str(node["_target_"]).rsplit(".", 1)[-1]
+    what = f"{registry.name_of('pruner', science['pruner'])} + {allocator}{knob}"
+    return f"{science['model']['name']}, {what}, {float(science['sparsity']):.0%}{pattern}"
 
 
 def cell_started(config: DictConfig, key: str) -> None:

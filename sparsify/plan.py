@@ -5,6 +5,7 @@ Runs nothing and imports no torch.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from rich.table import Table
@@ -69,7 +71,9 @@ def parts_of(table: str | None, overrides: list[str]) -> list[Part]:
 def cells_of(overrides: list[str]) -> list[PlannedCell]:
     """Every cell of a sweep, composed as Hydra would."""
     with initialize_config_dir(str(paths.configs()), version_base="1.3", job_name="plan"):
-        return [_planned(job) for job in grid(overrides)]
+        jobs = grid(overrides)
+        compositions: dict[tuple[str, ...], DictConfig] = {}
+        return [_planned(job, compositions) for job in jobs]
 
 
 def grid(overrides: list[str]) -> list[list[str]]:
@@ -82,10 +86,27 @@ def grid(overrides: list[str]) -> list[list[str]]:
     return BasicSweeper.split_arguments(parser.parse_overrides(preset + overrides), None)[0]
 
 
-def _planned(job: list[str]) -> PlannedCell:
-    config = compose("config", job)
+def _planned(job: list[str], compositions: dict[tuple[str, ...], DictConfig]) -> PlannedCell:
+    config = _compose(job, compositions)
     key = identity.run_key(config)
     return PlannedCell(tuple(job), config, key, state_of(config, key))
+
+
+def _compose(job: list[str], compositions: dict[tuple[str, ...], DictConfig]) -> DictConfig:
+    """Compose a job; jobs that differ in plain values only share one composition, which is the slow part."""
+    parsed = OverridesParser.create().parse_overrides(job)
+    plain = [o for o in parsed if o.type is OverrideType.CHANGE and not _is_group(o)]
+    groups = tuple(text for text, o in zip(job, parsed, strict=True) if o not in plain)
+    if groups not in compositions:
+        compositions[groups] = compose("config", list(groups))
+    config = copy.deepcopy(compositions[groups])
+    for override in plain:
+        OmegaConf.update(config, override.key_or_group, override.value())
+    return config
+
+
+def _is_group(override: Override) -> bool:
+    return override.package is not None or (paths.configs() / override.key_or_group).is_dir()
 
 
 def state_of(config: DictConfig, key: str) -> str:

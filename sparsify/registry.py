@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ def names(group: str) -> list[str]:
     """Every option of a config group, such as `allocator` or `model`."""
     folder = paths.configs() / group
     return sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml"))
+
+
+@cache
+def _by_target(group: str) -> dict[str, str]:
+    files = {name: OmegaConf.load(paths.configs() / group / f"{name}.yaml") for name in names(group)}
+    return {str(tree.get("_target_")): name for name, tree in files.items() if isinstance(tree, DictConfig)}
+
+
+def name_of(group: str, node: Mapping[str, Any]) -> str:
+    """The config name of a resolved component: `atp` for `{_target_: ...Arithmetic, beta: 0.01}`."""
+    target = str(node["_target_"])
+    return _by_target(group).get(target, target.rsplit(".", 1)[-1])
 
 
 def find(group: str, name: str) -> Path:

@@ -1,0 +1,144 @@
+"""Figures for a paper: the dot plot of a table, perplexity against beta, sparsity by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from sparsify.allocators.arithmetic import legal_maximum
+from sparsify.report.frame import Record, block_profile
+from sparsify.report.select import pick, where
+from sparsify.report.table import Entry
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+"""Okabe and Ito: told apart by colour-blind readers and in grey."""
+STYLE = {
+    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
+    "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.alpha": 0.25, "grid.linewidth": 0.5, "lines.linewidth": 1.2, "lines.markersize": 3.5,
+    "legend.frameon": False, "figure.dpi": 200, "savefig.bbox": "tight", "pdf.fonttype": 42,
+    "svg.hashsalt": "sparsify",
+}
+
+
+@contextmanager
+def saved(folder: Path, name: str, width: float, height: float, panels: int) -> Iterator[tuple[list[Axes], list[Path]]]:
+    """Axes in a row to draw on, saved as PNG and PDF when the block ends."""
+    files = [folder / f"{name}.png", folder / f"{name}.pdf"]
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(1, panels, figsize=(width, height), sharey=True, squeeze=False, layout="constrained")
+        yield list(axes[0]), files
+        _save(figure, files)
+
+
+def _save(figure: Figure, files: list[Path]) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # No creation date: the same records give the same bytes.
+        empty: dict[str, Any] = {"CreationDate": None} if file.suffix == ".pdf" else {"Software": None}
+        figure.savefig(file, metadata=empty)
+    plt.close(figure)
+
+
+def _log_axis(axes: Axes, which: str) -> None:
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    (axes.set_yscale if which == "y" else axes.set_xscale)("log")
+    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def dot_plot(folder: Path, name: str, found: list[Entry], title: str, protocol: str) -> list[Path]:
+    """One dot per table entry on a log axis, one panel per pruner, one colour per sparsity, dense as a line."""
+    pruners = list(dict.fromkeys(e.pruner for e in found if e.pruner))
+    labels = list(dict.fromkeys(e.label for e in found if e.pruner))
+    sparsities = sorted({e.sparsity for e in found if e.pruner})
+    dense = next((e.value for e in found if not e.pruner), None)
+    with saved(folder, name, 1.6 + 2.2 * len(pruners), 0.8 + 0.28 * len(labels), len(pruners)) as (panels, files):
+        for axes, pruner in zip(panels, pruners, strict=True):
+            for colour, sparsity in zip(COLOURS, sparsities, strict=False):
+                dots = [(e.value, labels.index(e.label)) for e in found
+                        if e.pruner == pruner and e.sparsity == sparsity and e.value is not None]
+                axes.plot([x for x, _ in dots], [y for _, y in dots], "o", color=colour, label=f"{sparsity:.0%}")
+            if dense is not None:
+                axes.axvline(dense, color="0.4", linestyle=":", linewidth=1, label="dense")
+            _log_axis(axes, "x")
+            axes.set(title=pruner, xlabel=f"perplexity ({protocol})", yticks=range(len(labels)))
+            axes.tick_params(axis="x", rotation=45)
+        panels[0].set_yticklabels(labels)
+        panels[0].set_ylim(len(labels) - 0.5, -0.5)
+        panels[-1].legend(title="sparsity", loc="center left", bbox_to_anchor=(1, 0.5))
+        panels[0].figure.suptitle(title, fontsize=8)
+    return files
+
+
+def beta_curve(folder: Path, name: str, cells: pd.DataFrame, value: str, protocol: str) -> list[Path]:
+    """Perplexity against beta, one panel per pruner, one line per sparsity.
+
+    Uniform is a dashed line of the same colour, the legal maximum of beta a tick mark on top; a ring marks the best
+    beta by test perplexity, a square the best by held-out text.
+    """
+    curve = where(cells, {"allocator": "atp"})
+    pruners = [p for p in cells["pruner"].unique() if p in set(curve["pruner"])]
+    with saved(folder, name, 1.2 + 2.6 * len(pruners), 2.6, max(len(pruners), 1)) as (panels, files):
+        for axes, pruner in zip(panels, pruners, strict=False):
+            rows = where(curve, {"pruner": pruner})
+            for colour, sparsity in zip(COLOURS, sorted(rows["sparsity"].unique()), strict=False):
+                _beta_line(axes, where(rows, {"sparsity": sparsity}), where(cells, {
+                    "pruner": pruner, "sparsity": sparsity, "allocator": "uniform"}), value, colour)
+            _log_axis(axes, "y")
+            axes.set(title=pruner, xlabel="β (sparsity added per block)")
+        panels[0].set_ylabel(f"perplexity ({protocol})")
+        _beta_legend(panels[-1])
+    return files
+
+
+def _beta_line(axes: Axes, rows: pd.DataFrame, uniform: pd.DataFrame, value: str, colour: str) -> None:
+    rows = rows.assign(beta=rows["allocator.beta"].astype(float)).sort_values("beta")
+    sparsity = float(rows["sparsity"].iloc[0])
+    axes.plot(rows["beta"], rows[value], "o-", color=colour, label=f"{sparsity:.0%}")
+    if not uniform.empty:
+        axes.axhline(uniform[value].iloc[0], color=colour, linestyle="--", linewidth=0.9)
+    limit = legal_maximum(sparsity, int(rows["num_blocks"].iloc[0]))
+    axes.axvline(limit, color=colour, linestyle=":", linewidth=0.9)
+    for rule, marker in ((value, "o"), ("heldout", "s")):
+        best = pick(rows, rule)
+        if best is not None:
+            axes.plot(best["beta"], best[value], marker, markersize=8, markerfacecolor="none", color=colour)
+
+
+def _beta_legend(axes: Axes) -> None:
+    grey: Mapping[str, Any] = {"color": "0.3", "linewidth": 0.9}
+    axes.plot([], [], "--", label="uniform", **grey)
+    axes.plot([], [], ":", label="legal maximum", **grey)
+    axes.plot([], [], "o", markersize=8, markerfacecolor="none", color="0.3", label="best by test")
+    axes.plot([], [], "s", markersize=8, markerfacecolor="none", color="0.3", label="best by held-out")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def layer_profile(folder: Path, name: str, found: list[Entry], records: Mapping[str, Record]) -> list[Path]:
+    """Counted sparsity of each block under every allocation, one panel per sparsity, for the first pruner."""
+    pruner = next((e.pruner for e in found if e.pruner), "")
+    chosen = [e for e in found if e.pruner == pruner and e.key in records]
+    sparsities = sorted({e.sparsity for e in chosen})
+    with saved(folder, name, 1.6 + 2.2 * len(sparsities), 2.4, max(len(sparsities), 1)) as (panels, files):
+        for axes, sparsity in zip(panels, sparsities, strict=False):
+            for colour, entry in zip(COLOURS, [e for e in chosen if e.sparsity == sparsity], strict=False):
+                profile = block_profile(records[entry.key])
+                label = f"{entry.label}" + (f" ({entry.note})" if entry.note and len(sparsities) == 1 else "")
+                axes.plot(range(1, len(profile) + 1), profile, "o-", markersize=2, color=colour, label=label)
+            axes.set(title=f"{pruner}, {sparsity:.0%}", xlabel="block")
+        panels[0].set_ylabel("sparsity (counted zeros)")
+        panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return files

@@ -1,0 +1,63 @@
+"""A finished table as Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from sparsify.records import write_atomically
+
+
+def markdown(frame: pd.DataFrame, title: str, notes: list[str]) -> str:
+    """Title, table and footnotes."""
+    flat = _flat(frame)
+    table = flat.to_markdown(index=False, disable_numparse=True, colalign=_aligned(flat))
+    return "\n".join([f"**{title}**", "", table, "", *(f"- {note}" for note in notes), ""])
+
+
+def latex(frame: pd.DataFrame, title: str, notes: list[str]) -> str:
+    """A booktabs table with the notes as comments, ready for \\input."""
+    shown = frame.map(_tex)
+    shown.index = pd.MultiIndex.from_tuples([tuple(map(_tex, i)) for i in frame.index], names=frame.index.names)
+    shown.columns = pd.MultiIndex.from_tuples([tuple(map(_tex, c)) for c in frame.columns])
+    body = shown.style.to_latex(
+        hrules=True, multicol_align="c", column_format="ll" + "r" * frame.shape[1], caption=_tex(title),
+        position_float="centering", sparse_index=True,
+    )
+    return "".join(f"% {note}\n" for note in notes) + body
+
+
+def write(folder: Path, name: str, frame: pd.DataFrame, long: pd.DataFrame, title: str, notes: list[str]) -> list[Path]:
+    """Write `<name>.md`, `.csv` (long rows) and `.tex`; returns the paths.
+
+    Raises:
+        RecordError: a file could not be written.
+    """
+    texts = {
+        ".md": markdown(frame, title, notes),
+        ".csv": long.to_csv(index=False, lineterminator="\n"),
+        ".tex": latex(frame, title, notes),
+    }
+    for suffix, text in texts.items():
+        write_atomically(folder / f"{name}{suffix}", text)
+    return [folder / f"{name}{suffix}" for suffix in texts]
+
+
+def _flat(frame: pd.DataFrame) -> pd.DataFrame:
+    """Index as columns, two header levels as one, a pruner named once."""
+    flat = frame.copy()
+    flat.columns = pd.Index([" ".join(column) for column in frame.columns])
+    flat = flat.reset_index()
+    flat["pruner"] = flat["pruner"].where(flat["pruner"] != flat["pruner"].shift(), "")
+    return flat
+
+
+def _aligned(flat: pd.DataFrame) -> list[str]:
+    return ["left", "left"] + ["right"] * (flat.shape[1] - 2)
+
+
+def _tex(text: str) -> str:
+    for plain, escaped in (("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("β", r"$\beta$"), ("–", "--")):
+        text = text.replace(plain, escaped)
+    return text
