@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsify import console, paths, registry
-from sparsify.errors import SparsifyError, UsageError
+from sparsify.errors import SparsifyError, UnexpectedError, UsageError
 
 
 def launch(arguments: list[str]) -> int:
@@ -33,10 +33,10 @@ def launch(arguments: list[str]) -> int:
         main = hydra.main(version_base="1.3", config_path=str(paths.configs()), config_name="config")
         main(_task(reported))()
     except Exception as error:
-        return exit_code(error, reported)
+        return exit_code(error)
     finally:
         sys.argv = argv
-    return max((_code(error) for error in reported), default=0)
+    return max((understand(error).exit_code for error in reported), default=0)
 
 
 def _task(reported: list[Exception]) -> Callable[[DictConfig], Any]:
@@ -46,27 +46,26 @@ def _task(reported: list[Exception]) -> Callable[[DictConfig], Any]:
 
             return run_cell(config)["key"]
         except Exception as error:
-            console.fail(understand(error))
-            if not isinstance(understand(error), SparsifyError) or understand(error) is not error:
-                traceback.print_exc()
+            # Not raised again: the other cells of a sweep go on, and the exit code comes from `reported`.
+            report(error)
             reported.append(error)
-            raise
+            return None
 
     return task
 
 
-def exit_code(error: Exception, reported: list[Exception]) -> int:
-    """Print an error unless its cell has done so already, and say how the process should end."""
-    known = understand(error)
-    if error not in reported:
-        console.fail(known)
-        if type(known) is SparsifyError:
-            traceback.print_exception(error)
-    return known.exit_code
-
-
-def _code(error: Exception) -> int:
+def exit_code(error: Exception) -> int:
+    """Print an error and say how the process should end."""
+    report(error)
     return understand(error).exit_code
+
+
+def report(error: Exception) -> None:
+    """One paragraph; a traceback only for what we did not foresee."""
+    known = understand(error)
+    console.fail(known)
+    if isinstance(known, UnexpectedError):
+        traceback.print_exception(error)
 
 
 def understand(error: BaseException) -> SparsifyError:
@@ -85,7 +84,7 @@ def understand(error: BaseException) -> SparsifyError:
             "The device ran out of memory", got=str(error).splitlines()[0] if str(error) else None,
             fix="batch_size=1, or a smaller model",
         )
-    return SparsifyError(f"Unexpected {type(error).__name__}", got=error, fix="the traceback below says where")
+    return UnexpectedError(f"Unexpected {type(error).__name__}", got=error, fix="the traceback below says where")
 
 
 def _unknown_option(error: MissingConfigException) -> SparsifyError:

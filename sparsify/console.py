@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
@@ -103,10 +104,17 @@ def cell_finished(config: DictConfig, record: Mapping[str, Any], path: Path, fre
     )
     took = f"in {duration(sum(record['seconds'].values()))}" if fresh else "already done"
     say(f"  sparsity {record['sparsity']:.4f}, {numbers}, {took}{_eta(config)}")
-    if config.sweep.of is None:
+    for trial in record["trials"]:
+        say("  tried " + ", ".join(f"{name} {value:.4g}" for name, value in trial.items()))
+    if _alone(config):
         if record["sparsity"]:
             out().print(_blocks(record))
         _next_steps(config, path)
+
+
+def _alone(config: DictConfig) -> bool:
+    """Whether this is one cell and not part of a sweep."""
+    return config.sweep.of is None and not (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def _place(config: DictConfig) -> str:

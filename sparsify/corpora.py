@@ -83,10 +83,11 @@ class Corpus:
         from huggingface_hub import hf_hub_download
 
         try:
-            return [
-                Path(hf_hub_download(self.hub.id, name, repo_type="dataset", revision=self.hub.revision))
-                for name in self.hub.splits[split]
-            ]
+            with paths.quiet_hub():
+                return [
+                    Path(hf_hub_download(self.hub.id, name, repo_type="dataset", revision=self.hub.revision))
+                    for name in self.hub.splits[split]
+                ]
         except Exception as error:
             raise self._nowhere(split) from error
 

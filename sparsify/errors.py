@@ -72,3 +72,7 @@ class NumericsError(SparsifyError):
 
 class RecordError(SparsifyError):
     """A record cannot be read or written, or another process holds the cell."""
+
+
+class UnexpectedError(SparsifyError):
+    """Anything we did not foresee; shown with its traceback."""

@@ -67,7 +67,7 @@ def pick_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError("This device is not available", got=name, allowed="auto, cpu, cuda, mps") from error
+        raise UsageError("This device is not available", got=name, allowed="auto, cpu, cuda, mps", fix="device=auto") from error
     return name
 
 
@@ -97,8 +97,9 @@ class HubModel:
 
         torch_dtype, where = parse_dtype(dtype), pick_device(device)
         try:
-            model = _from_folder(self.id, torch_dtype, where, revision=self.revision)
-            tokenizer = AutoTokenizer.from_pretrained(self.id, revision=self.revision)
+            with paths.quiet_hub():
+                model = _from_folder(self.id, torch_dtype, where, revision=self.revision)
+                tokenizer = AutoTokenizer.from_pretrained(self.id, revision=self.revision)
         except (OSError, ValueError) as error:
             token = " and a token (hf auth login) with the licence accepted" if self.gated else ""
             raise DataError(

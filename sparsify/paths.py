@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -31,3 +34,15 @@ def data() -> Path | None:
     """The folder of evaluation sets, if the user has one."""
     value = os.environ.get("SPARSIFY_DATA")
     return Path(value) if value else None
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """No retry lines of the hub client: whether it was reached is our message to give."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

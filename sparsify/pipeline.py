@@ -15,7 +15,7 @@ from sparsify import console, identity, provenance, registry
 from sparsify.blocks import BlockView
 from sparsify.core import PruneResult, Recipe, prune_model
 from sparsify.data import TokenWindows, Windows
-from sparsify.errors import RecordError, SparsifyError
+from sparsify.errors import RecordError, SparsifyError, UsageError
 from sparsify.evaluation.base import Evaluator
 from sparsify.models import Loaded, pick_device
 from sparsify.records import Store
@@ -43,6 +43,9 @@ class Cell:
         Raises:
             SparsifyError: the first thing that is wrong.
         """
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+        if missing:
+            raise UsageError(f"{missing[0]} must be given", fix=f"{missing[0]}=<value>")
         recipe = Recipe.of(
             registry.make(config.pruner),
             registry.make(config.allocator),

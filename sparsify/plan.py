@@ -170,7 +170,7 @@ def main(arguments: list[str]) -> int:
         table, overrides = split_table(arguments)
         show(parts_of(table, overrides), table)
     except Exception as error:
-        return cli.exit_code(error, [])
+        return cli.exit_code(error)
     return 0
 
 

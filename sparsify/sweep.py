@@ -9,47 +9,55 @@ import sys
 import time
 
 from hydra_filter_sweeper import AbstractFilter
+from omegaconf import DictConfig, OmegaConf
 
 from sparsify import cli, console, identity, plan
 from sparsify.records import Store
 
 
-class Done(AbstractFilter):
+class _CellFilter(AbstractFilter):  # type: ignore[misc]
+    """A filter that sees the job's config (the plug-in hands it over as plain dicts)."""
+
+    @property
+    def cell(self) -> DictConfig:
+        return OmegaConf.create(self.config)
+
+    def state(self) -> str:
+        cell = self.cell
+        return Store(cell.results).state(identity.run_key(cell), identity.evaluation_keys(cell))
+
+
+class Done(_CellFilter):
     """Drops cells whose record has every evaluation asked for."""
 
     def filter(self) -> bool:
-        return _state(self) == "done"
+        return self.state() == "done"
 
     def reason(self) -> str:
         return "done"
 
 
-class InFlight(AbstractFilter):
+class InFlight(_CellFilter):
     """Drops cells that a living process holds."""
 
     def filter(self) -> bool:
-        return _state(self) == "running"
+        return self.state() == "running"
 
     def reason(self) -> str:
         return "another process works on it"
 
 
-class Illegal(AbstractFilter):
+class Illegal(_CellFilter):
     """Drops cells outside the allocator's bounds; said aloud unless a table's grid asked for them."""
 
     def filter(self) -> bool:
-        error = plan.illegal(self.config)
-        if error is not None and self.config.sweep.of is None:
+        error = plan.illegal(self.cell)
+        if error is not None and self.cell.sweep.of is None:
             console.warn(f"skipped: {error.paragraph()}")
         return error is not None
 
     def reason(self) -> str:
         return "outside the allocator's bounds"
-
-
-def _state(given: AbstractFilter) -> str:
-    config = given.config
-    return Store(config.results).state(identity.run_key(config), identity.evaluation_keys(config))
 
 
 def run(table: str | None, overrides: list[str]) -> int:
@@ -68,8 +76,10 @@ def run(table: str | None, overrides: list[str]) -> int:
             progress = [f"sweep.of={total}", f"sweep.first={first}", f"sweep.started={started}"]
             code = max(code, cli.launch(["-m", *part.overrides, *progress]))
             first += len(part.missing)
-    if code:
-        console.say(f"[red]some cells failed[/]; see them with: python -m sparsify.plan table={table or '...'}")
+    if total and any(part.missing for part in plan.parts_of(table, overrides)):
+        # Also true where a launcher ran the cells elsewhere and only their records tell.
+        console.say(f"[red]not all cells finished[/]; see: python -m sparsify.plan {f'table={table}' if table else ''}")
+        code = max(code, 1)
     return code
 
 
@@ -77,7 +87,7 @@ def main(arguments: list[str]) -> int:
     try:
         return run(*plan.split_table(arguments))
     except Exception as error:
-        return cli.exit_code(error, [])
+        return cli.exit_code(error)
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def check_sparsity(value: float) -> float:
     except (TypeError, ValueError):
         number = float("nan")
     if not 0.0 <= number < 1.0:
-        hint = f"sparsity={number / 100:g}" if 1 < number <= 100 else "sparsity=0.7"
+        hint = f"sparsity={number / 100:g}" if 2 <= number < 100 else "sparsity=0.7"
         raise UsageError(
             "sparsity is the fraction of zeros over the linear weights of all blocks",
             got=value,

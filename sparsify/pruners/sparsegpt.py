@@ -108,32 +108,57 @@ def obs_prune(
         slab = work[:, start:end]
         if target.group is None:
             mask = keep_jointly((slab / upper.diagonal()).square(), count)
+            errors = eliminate_at_once(slab, upper, mask) if slab.is_cuda else eliminate(slab, upper, mask)
         else:
             mask = torch.ones_like(slab, dtype=torch.bool)
-        errors = _eliminate(slab, upper, mask, target)
+            errors = eliminate(slab, upper, mask, target)
         keep[:, start:end] = mask
         work[:, end:] -= errors @ factor.upper[start:end, end:]
     return work, keep
 
 
-def _eliminate(
+def eliminate(
     slab: Float[Tensor, "out cols"],
     upper: Float[Tensor, "cols cols"],
     mask: Bool[Tensor, "out cols"],
-    target: Target,
+    target: Target | None = None,
 ) -> Float[Tensor, "out cols"]:
     """Walk the slab's columns in place; returns each column's error over its pivot, for the trailing update.
 
-    For N:M the mask of a group is chosen when its first column is reached, from the weights as updated so far.
+    With an N:M target the mask of a group is chosen, in place, when its first column is reached, from the weights as
+    updated so far.
     """
     errors = torch.zeros_like(slab)
     diagonal = upper.diagonal()
     for i in range(slab.shape[1]):
-        if target.group is not None and i % target.group == 0:
+        if target is not None and target.group is not None and i % target.group == 0:
             group = slice(i, i + target.group)
             mask[:, group] = keep_mask((slab[:, group] / diagonal[group]).square(), target)
-        column = slab[:, i]
-        errors[:, i] = column.masked_fill(mask[:, i], 0.0) / diagonal[i]
+        errors[:, i] = slab[:, i].masked_fill(mask[:, i], 0.0) / diagonal[i]
         slab[:, i:].addr_(errors[:, i], upper[i, i:], alpha=-1)
-        column.masked_fill_(~mask[:, i], 0.0)
+    slab.masked_fill_(~mask, 0.0)
+    return errors
+
+
+def eliminate_at_once(
+    slab: Float[Tensor, "out cols"],
+    upper: Float[Tensor, "cols cols"],
+    mask: Bool[Tensor, "out cols"],
+    rows: int = 4096,
+) -> Float[Tensor, "out cols"]:
+    """The same as `eliminate` for a mask fixed beforehand, without a loop over columns.
+
+    Column i's error e_i makes the updated weight of every removed input zero: w_i = sum over removed k <= i of
+    e_k U_ki. For each row that is a triangular system in its removed inputs, solved for all rows at once, a few
+    thousand rows at a time.
+    """
+    gone = (~mask).to(slab.dtype)
+    errors = torch.empty_like(slab)
+    for part in range(0, len(slab), rows):
+        g = gone[part : part + rows]
+        systems = upper.T * (g[:, :, None] * g[:, None, :]) + torch.diag_embed(1 - g)
+        right = (slab[part : part + rows] * g)[:, :, None]
+        errors[part : part + rows] = torch.linalg.solve_triangular(systems, right, upper=False)[:, :, 0]
+    slab -= errors @ upper
+    slab.masked_fill_(~mask, 0.0)
     return errors

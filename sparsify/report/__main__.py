@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> int:
         for file in files:
             console.say(f"wrote {file}")
     except Exception as error:
-        return cli.exit_code(error, [])
+        return cli.exit_code(error)
     return 0
 
 
