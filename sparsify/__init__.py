@@ -1,9 +1,9 @@
 """Layer-wise sparsity for language models: load, prune, measure.
 
-    import sparsify
-    model, tokenizer = sparsify.load("smollm2-135m")
-    result = sparsify.prune(model, tokens, pruner="wanda", allocator="owl", sparsity=0.7)
-    sparsify.perplexity(model, test_tokens)
+import sparsify
+model, tokenizer = sparsify.load("smollm2-135m")
+result = sparsify.prune(model, tokens, pruner="wanda", allocator="owl", sparsity=0.7)
+sparsify.perplexity(model, test_tokens)
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def windows(
     from sparsify.data import Windows
 
     text = Corpus(Path(corpus).stem, path=corpus) if Path(corpus).is_file() else registry.build("data", corpus)
-    return Windows(text, split, seqlen, n, sampler).cut(tokenizer, seed).tokens  # type: ignore[arg-type]
+    chosen: Any = sampler
+    tokens: Tensor = Windows(text, split, seqlen, n, chosen).cut(tokenizer, seed).tokens
+    return tokens
 
 
 def prune(
@@ -136,14 +138,15 @@ def prune(
         pattern,
         sparsity,
     )
-    mode = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return prune_model(BlockView(model), tokens, recipe, heldout=heldout, batch_size=batch_size)
     finally:
-        model.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def perplexity(model: nn.Module, tokens: Tensor, *, batch_size: int | None = None) -> float:

@@ -20,12 +20,12 @@ class Layer:
     """A prunable matrix in place: its description and the module that holds it."""
 
     spec: LayerSpec
-    module: nn.Module
+    module: nn.Linear | Conv1D
 
     @property
     def weight(self) -> Float[Tensor, "out inp"]:
         """The weight as [out, inp], a view: GPT-2's Conv1D stores it transposed."""
-        weight = self.module.weight.data  # type: ignore[union-attr]
+        weight: Tensor = self.module.weight.data
         return weight.T if isinstance(self.module, Conv1D) else weight
 
     def write(self, weight: Float[Tensor, "out inp"]) -> None:
@@ -47,18 +47,15 @@ class BlockView:
         self.model = model
         prefix, blocks = _find_blocks(model)
         self.blocks = list(blocks)
-        self.layers = [
-            layer for i, block in enumerate(self.blocks) for layer in _layers_of(block, i, f"{prefix}.{i}")
-        ]
+        self.layers = [layer for i, block in enumerate(self.blocks) for layer in _layers_of(block, i, f"{prefix}.{i}")]
         if not self.layers:
-            raise UnsupportedModelError(
-                "The model's blocks hold no Linear or Conv1D layer", got=type(model).__name__
-            )
+            raise UnsupportedModelError("The model's blocks hold no Linear or Conv1D layer", got=type(model).__name__)
         self.table = LayerTable(tuple(layer.spec for layer in self.layers))
 
     @property
     def device(self) -> torch.device:
-        return self.layers[0].weight.device
+        device: torch.device = self.layers[0].weight.device
+        return device
 
     def layers_of(self, block: int) -> list[Layer]:
         return [layer for layer in self.layers if layer.spec.block == block]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from scipy.optimize import brentq
 
-from sparsify.errors import BudgetError, PatternError
+from sparsify.errors import BudgetError, NumericsError, PatternError
 from sparsify.types import LayerTable, Ledger, Pattern, SparsityPlan, Target
 
 Adjust = Callable[[float, float], float]
@@ -24,6 +24,7 @@ def scale(value: float, amount: float) -> float:
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    """Mean of values by parameter counts."""
     return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
 
@@ -80,12 +81,17 @@ def _solve(
     if abs(excess(0.0)) < 1e-12:
         return clipped(0.0)
     reach = 64.0
-    if excess(-reach) > 1e-12 or excess(reach) < -1e-12:
+    below, above = excess(-reach), excess(reach)
+    if math.isnan(below) or math.isnan(above):
+        raise NumericsError("The allocation rule gave a sparsity that is not a number", got=list(raw))
+    if below > 1e-9 or above < -1e-9:
         raise BudgetError(
             "No adjustment of this profile meets the budget",
             got=f"profile from {min(raw):g} to {max(raw):g}, wanted {wanted:g}",
             allowed=f"layers within [{low:g}, {high:g}]",
         )
+    if below >= 0 or above <= 0:  # the budget is a bound itself
+        return clipped(-reach if below >= 0 else reach)
     return clipped(brentq(excess, -reach, reach, xtol=1e-15, rtol=1e-15))
 
 
@@ -104,10 +110,10 @@ def apply_pattern(plan: SparsityPlan, layers: LayerTable, pattern: Pattern) -> S
     """Round a plan to a pattern, keeping the budget.
 
     Unstructured plans pass through. A fixed N:M needs every layer at 1 - N/M. `mixed:M` rounds each layer to a
-    whole number of kept weights in M by largest remainder, so the parameter-weighted mean moves by less than
-    one level of the smallest layer.
+    whole number of kept weights in M, so that the total misses the budget by at most half a level of one block.
 
     Raises:
+        BudgetError: more zeros are asked for than keeping one of every M leaves.
         PatternError: M does not divide a layer's inputs, or the plan is not uniform for a fixed N:M.
     """
     if pattern.group is None:
@@ -117,10 +123,15 @@ def apply_pattern(plan: SparsityPlan, layers: LayerTable, pattern: Pattern) -> S
         _check_uniform(plan, pattern)
         levels = {layer.name: pattern.kept for layer in layers}
     else:
-        levels = _largest_remainder(plan, layers, pattern.group)
-    targets = {
-        name: Target(1 - kept / pattern.group, kept, pattern.group) for name, kept in levels.items()
-    }
+        if plan.ledger.clipped > 1 - 1 / pattern.group + 1e-9:
+            raise BudgetError(
+                f"{pattern} keeps at least one weight of every {pattern.group}",
+                got=f"sparsity={plan.ledger.clipped:g}",
+                allowed=f"sparsity <= {1 - 1 / pattern.group:g}",
+                fix=f"pattern=mixed:{2 * pattern.group}, or a lower sparsity",
+            )
+        levels = _round_to_levels(plan, layers, pattern.group)
+    targets = {name: Target(1 - kept / pattern.group, kept, pattern.group) for name, kept in levels.items()}
     mean = weighted_mean([targets[layer.name].sparsity for layer in layers], [layer.numel for layer in layers])
     old = plan.ledger
     ledger = Ledger(old.wanted, old.raw, old.clipped, mean, old.num_clipped)
@@ -151,21 +162,44 @@ def _check_uniform(plan: SparsityPlan, pattern: Pattern) -> None:
         )
 
 
-def _largest_remainder(plan: SparsityPlan, layers: LayerTable, group: int) -> dict[str, int]:
-    """Kept-of-M per block (layers of a block that share a sparsity stay together), budget preserved."""
-    buckets: dict[tuple[int, float], list[str]] = {}
-    numel = {layer.name: layer.numel for layer in layers}
+def _round_to_levels(plan: SparsityPlan, layers: LayerTable, group: int) -> dict[str, int]:
+    """Kept-of-M for every layer, at least one; layers of a block that share a sparsity stay together.
+
+    Starts from rounding down and moves one bucket by one level at a time, each within one level of its exact value,
+    as long as that brings the total nearer to the budget (largest remainder first among equals).
+    """
+    exact: dict[tuple[int, float], float] = {}
+    weight: dict[tuple[int, float], int] = {}
     for layer in layers:
-        key = (layer.block, plan.targets[layer.name].sparsity)
-        buckets.setdefault(key, []).append(layer.name)
-    exact = {key: group * (1 - key[1]) for key in buckets}
-    kept = {key: max(1, math.floor(value + 1e-9)) for key, value in exact.items()}
-    weight = {key: sum(numel[name] for name in names) for key, names in buckets.items()}
-    missing = sum(exact[key] * weight[key] for key in buckets) - sum(kept[key] * weight[key] for key in buckets)
-    for key in sorted(buckets, key=lambda k: (kept[k] - exact[k], k[0])):
-        if missing < weight[key] / 2:
-            continue
-        if kept[key] < group:
-            kept[key] += 1
-            missing -= weight[key]
-    return {name: kept[key] for key, names in buckets.items() for name in names}
+        sparsity = plan.targets[layer.name].sparsity
+        key = (layer.block, sparsity)
+        exact[key] = group * (1 - sparsity)
+        weight[key] = weight.get(key, 0) + layer.numel
+    kept = {key: min(max(1, math.floor(value + 1e-9)), group) for key, value in exact.items()}
+    missing = sum((exact[key] - kept[key]) * weight[key] for key in exact)
+    while move := _best_move(exact, weight, kept, missing, group):
+        key, step = move
+        kept[key] += step
+        missing -= step * weight[key]
+    return {layer.name: kept[layer.block, plan.targets[layer.name].sparsity] for layer in layers}
+
+
+_Bucket = tuple[int, float]
+
+
+def _best_move(
+    exact: Mapping[_Bucket, float],
+    weight: Mapping[_Bucket, int],
+    kept: Mapping[_Bucket, int],
+    missing: float,
+    group: int,
+) -> tuple[_Bucket, int] | None:
+    """The level change that leaves the least missing, if any leaves less than now."""
+    step = 1 if missing > 0 else -1
+    moves = [
+        (abs(missing - step * weight[key]), abs(kept[key] + step - exact[key]), key)
+        for key in exact
+        if 1 <= kept[key] + step <= group and abs(kept[key] + step - exact[key]) < 1
+    ]
+    left, _, key = min(moves, default=(math.inf, 0.0, (0, 0.0)))
+    return (key, step) if left < abs(missing) - 1e-6 else None

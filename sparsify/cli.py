@@ -81,7 +81,8 @@ def understand(error: BaseException) -> SparsifyError:
         return _unknown_key(error)
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return SparsifyError(
-            "The device ran out of memory", got=str(error).splitlines()[0] if str(error) else None,
+            "The device ran out of memory",
+            got=str(error).splitlines()[0] if str(error) else None,
             fix="batch_size=1, or a smaller model",
         )
     return UnexpectedError(f"Unexpected {type(error).__name__}", got=error, fix="the traceback below says where")

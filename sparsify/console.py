@@ -22,20 +22,25 @@ from sparsify.errors import SparsifyError
 
 
 def out() -> Console:
+    """The console, as wide as the text when it is no terminal."""
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
 def say(text: str) -> None:
+    """One line for the user."""
     out().print(text)
 
 
 def warn(text: str) -> None:
+    """One line about something that did not stop the run."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]warning:[/] {escape(text)}")
 
 
 def fail(error: SparsifyError) -> None:
     """One red paragraph: what, got, allowed, fix."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] [red]{escape(error.paragraph())}[/]")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"[bold red]error:[/] [red]{escape(error.paragraph())}[/]"
+    )
 
 
 @contextmanager
@@ -94,6 +99,7 @@ def describe(science: Mapping[str, Any]) -> str:
 
 
 def cell_started(config: DictConfig, key: str) -> None:
+    """The headline of a cell, once its data is ready."""
     say(f"[bold]{_place(config)}{escape(describe(config))}[/] [dim]({config.scale} scale, {key})[/]")
 
 
@@ -114,7 +120,7 @@ def cell_finished(config: DictConfig, record: Mapping[str, Any], path: Path, fre
 
 def _alone(config: DictConfig) -> bool:
     """Whether this is one cell and not part of a sweep."""
-    return config.sweep.of is None and not (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN)
+    return config.sweep.of is None and not (HydraConfig.initialized() and _sweeping())
 
 
 def _place(config: DictConfig) -> str:
@@ -124,7 +130,12 @@ def _place(config: DictConfig) -> str:
 
 
 def _job() -> int:
-    return int(HydraConfig.get().job.num) if HydraConfig.initialized() and "num" in HydraConfig.get().job else 0
+    """Position in the sweep that Hydra runs; 0 for a single cell."""
+    return int(HydraConfig.get().job.num) if HydraConfig.initialized() and _sweeping() else 0
+
+
+def _sweeping() -> bool:
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def _eta(config: DictConfig) -> str:

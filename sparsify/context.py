@@ -48,9 +48,7 @@ class DenseContext:
             UsageError: there is no held-out text.
         """
         if self.try_plan is None:
-            raise UsageError(
-                "This allocator searches on held-out text", fix="pass heldout=<tokens> to sparsify.prune"
-            )
+            raise UsageError("This allocator searches on held-out text", fix="pass heldout=<tokens> to sparsify.prune")
         return self.try_plan(plan)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:

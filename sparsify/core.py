@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sparsify.allocators.base import Allocator
+from sparsify.allocators.uniform import Uniform
 from sparsify.blocks import BlockView
 from sparsify.budget import apply_pattern
 from sparsify.context import DenseContext
@@ -69,6 +70,13 @@ class Recipe:
                 allowed=f"sparsity={implied:g}",
                 fix=f"sparsity={implied:g}, or pattern=mixed:{parsed.group} for a per-layer N",
             )
+        if implied is not None and not isinstance(allocator, Uniform):
+            raise UsageError(
+                f"A fixed {parsed} gives every layer the same sparsity",
+                got=f"allocator {type(allocator).__name__}",
+                allowed="allocator=uniform",
+                fix=f"allocator=uniform, or pattern=mixed:{parsed.group} for a per-layer N",
+            )
         return cls(pruner, allocator, method, parsed, wanted)
 
     def plan(self, context: DenseContext) -> SparsityPlan:
@@ -108,8 +116,9 @@ def prune_model(
         dense = dense or view.snapshot()
         assert heldout is not None
         try:
-            recipe.method.apply(view, tokens, recipe.pruner, apply_pattern(plan, view.table, recipe.pattern),
-                                batch_size=batch_size)
+            recipe.method.apply(
+                view, tokens, recipe.pruner, apply_pattern(plan, view.table, recipe.pattern), batch_size=batch_size
+            )
             return perplexity(view.model, heldout)
         finally:
             view.restore(dense)

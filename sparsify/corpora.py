@@ -144,5 +144,5 @@ def _read(file: Path) -> Iterator[str]:
 def _wikitext_rows(file: Path) -> Iterator[str]:
     """The rows of the hub data set from the release's raw file: a lone space is an empty row."""
     with open(file, encoding="utf8", newline="") as handle:
-        lines = handle.read().split("\n")[:-1]
+        lines = handle.read().removesuffix("\n").split("\n")
     return ("" if line == " " else line + "\n" for line in lines)

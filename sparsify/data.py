@@ -50,7 +50,8 @@ class Windows:
             )
         if self.stride < 1 or not 0 <= self.offset < self.stride:
             raise UsageError(
-                "Every stride-th window, from the offset", got=f"stride={self.stride}, offset={self.offset}",
+                "Every stride-th window, from the offset",
+                got=f"stride={self.stride}, offset={self.offset}",
                 allowed="stride >= 1, 0 <= offset < stride",
             )
         if self.sampler == "document" and self.windows is None:
@@ -58,10 +59,17 @@ class Windows:
 
     @property
     def protocol(self) -> str:
-        """Tag that goes with every number measured on these windows: `W2@2048`, `sotu@512x16`."""
+        """Tag that goes with every number measured on these windows.
+
+        `W2@2048` is every window of 2,048 tokens, `sotu@512x16/32` sixteen of 512, one in 32; `-drawn` marks the
+        document sampler.
+        """
         short = {"wikitext2": "W2"}.get(self.text.name, self.text.name)
         split = "" if self.split == "test" else f"-{self.split}"
-        return f"{short}{split}@{self.seqlen}" + ("" if self.windows is None else f"x{self.windows}")
+        count = "" if self.windows is None else f"x{self.windows}"
+        every = "" if self.stride == 1 else f"/{self.stride}" + (f"+{self.offset}" if self.offset else "")
+        drawn = "-drawn" if self.sampler == "document" else ""
+        return f"{short}{split}@{self.seqlen}{count}{every}{drawn}"
 
     def cut(self, tokenizer: Any, seed: int) -> "TokenWindows":
         """Tokenise and cut; the same seed gives the same windows.
@@ -137,7 +145,28 @@ def encode(tokenizer: Any, text: str) -> Int[Tensor, " n"]:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
+def check_tokens(tokens: Any, least: int, batch_size: int | None) -> None:
+    """Refuse what is not a batch of windows of token ids.
+
+    Raises:
+        UsageError: not an integer tensor, or a batch size below one.
+        DataError: no window, or windows shorter than `least` tokens.
+    """
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+        kind = str(tokens.dtype) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise UsageError("tokens are ids in a LongTensor", got=kind, allowed="shape [n, seqlen], dtype torch.long")
+    if batch_size is not None and batch_size < 1:
+        raise UsageError("batch_size is a number of windows", got=batch_size, allowed=">= 1, or None to pick one")
+    if tokens.ndim != 2 or len(tokens) == 0 or tokens.shape[1] < least:
+        raise DataError(
+            f"At least one window of at least {least} tokens is needed",
+            got=f"a tensor of shape {tuple(tokens.shape)}",
+            allowed="token ids of shape [n, seqlen]",
+        )
+
+
 def hash_tokens(tokens: Int[Tensor, "n seq"]) -> str:
+    """SHA-256 of token ids as 64-bit integers."""
     return hashlib.sha256(tokens.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
 
 

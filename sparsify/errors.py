@@ -13,9 +13,7 @@ class SparsifyError(Exception):
 
     exit_code = 1
 
-    def __init__(
-        self, what: str, *, got: object = None, allowed: object = None, fix: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, got: object = None, allowed: object = None, fix: str | None = None) -> None:
         self.what = what
         self.got = got
         self.allowed = allowed
@@ -33,13 +31,14 @@ class SparsifyError(Exception):
             parts.append(f"Fix: {self.fix}.")
         return " ".join(parts)
 
+    def __str__(self) -> str:
+        return self.paragraph()
+
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.what, self.got, self.allowed, self.fix)
 
 
-def _rebuild(
-    cls: type[SparsifyError], what: str, got: object, allowed: object, fix: str | None
-) -> SparsifyError:
+def _rebuild(cls: type[SparsifyError], what: str, got: object, allowed: object, fix: str | None) -> SparsifyError:
     """Un-pickle an error: launchers of Hydra send it between processes."""
     return cls(what, got=got, allowed=allowed, fix=fix)
 

@@ -11,22 +11,46 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sparsify import registry
+from sparsify import paths, registry
+from sparsify.types import Pattern, check_sparsity
 
-SCIENCE = ("scale", "model", "dtype", "calibration", "heldout", "method", "pruner", "allocator", "pattern",
-           "sparsity", "seed")
+SCIENCE = (
+    "scale",
+    "model",
+    "dtype",
+    "calibration",
+    "heldout",
+    "method",
+    "pruner",
+    "allocator",
+    "pattern",
+    "sparsity",
+    "seed",
+)
 """Config sections that a run's numbers depend on; everything else is how and where it runs."""
 
 
 def science(config: DictConfig) -> dict[str, Any]:
     """The resolved science of a cell, with its texts and local weights by content."""
-    tree = {key: OmegaConf.to_container(config[key], resolve=True) if OmegaConf.is_config(config[key])
-            else config[key] for key in SCIENCE}
-    tree["sparsity"] = float(tree["sparsity"])
+    tree: dict[str, Any] = {
+        key: OmegaConf.to_container(config[key], resolve=True) if OmegaConf.is_config(config[key]) else config[key]
+        for key in SCIENCE
+    }
+    tree["sparsity"] = sparsity_of(config)
     tree["model"] = _model_identity(tree["model"])
     for part in ("calibration", "heldout"):
         tree[part] = _text_identity(tree[part], tree["model"])
     return tree
+
+
+def sparsity_of(config: DictConfig) -> float:
+    """The wanted sparsity; an N:M pattern implies one where none is given.
+
+    Raises:
+        UsageError: there is none, or it is no fraction below one.
+    """
+    implied = Pattern.parse(config.pattern).sparsity
+    return check_sparsity(implied if config.sparsity is None else config.sparsity)
 
 
 def run_key(config: DictConfig) -> str:
@@ -58,11 +82,16 @@ def _text_identity(node: Mapping[str, Any], model: Mapping[str, Any]) -> dict[st
     rest = {key: value for key, value in node.items() if key != "text"}
     if str(model["_target_"]).endswith("ShapeModel"):
         return rest | {"text": "random token ids"}
-    return rest | {"text": _fingerprint(json.dumps(node["text"], sort_keys=True), node["split"])}
+    return rest | {
+        "text": _fingerprint(
+            json.dumps(node["text"], sort_keys=True), node["split"], str(paths.data()), str(paths.assets())
+        )
+    }
 
 
 @cache
-def _fingerprint(corpus: str, split: str) -> dict[str, str]:
+def _fingerprint(corpus: str, split: str, data: str, assets: str) -> dict[str, str]:
+    """Cached per place the text may be found in: `data` and `assets` are part of the cache key only."""
     found: dict[str, str] = registry.make(OmegaConf.create(json.loads(corpus))).fingerprint(split)
     # Where the text was found is in the record; the same bytes are the same science wherever they lie.
     return {key: value for key, value in found.items() if key != "source" or "sha256" not in found}
@@ -70,6 +99,7 @@ def _fingerprint(corpus: str, split: str) -> dict[str, str]:
 
 def _model_identity(node: dict[str, Any]) -> dict[str, Any]:
     """The model config; a local folder is named by a hash of its files instead of by its path."""
+    node = {key: value for key, value in node.items() if key not in ("num_blocks", "gated", "package")}
     folder = Path(str(node.get("id", "")))
     if node.get("id") and folder.is_dir():
         return {**node, "id": folder.name, "revision": _folder_hash(folder.resolve())}
@@ -78,14 +108,14 @@ def _model_identity(node: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _folder_hash(folder: Path) -> str:
-    """Names, sizes and first and last megabyte of every config, tokenizer and weight file."""
+    """Names, sizes and 32 evenly spaced samples of every config, tokenizer and weight file."""
     total = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt"):
             size = file.stat().st_size
             total.update(f"{file.name}:{size}:".encode())
             with open(file, "rb") as handle:
-                total.update(handle.read(1 << 20))
-                handle.seek(max(0, size - (1 << 20)))
-                total.update(handle.read(1 << 20))
+                for part in range(32):
+                    handle.seek(size * part // 32)
+                    total.update(handle.read(1 << 16))
     return total.hexdigest()[:40]

@@ -76,7 +76,7 @@ def keep_jointly(scores: Float[Tensor, "out inp"], count: int) -> Bool[Tensor, "
 def _keep_in_slabs(scores: Float[Tensor, "out inp"], sparsity: float, columns: int) -> Bool[Tensor, "out inp"]:
     """Each slab gets its share; the fractions left over by rounding down are carried to the next slab."""
     keep = torch.ones_like(scores, dtype=torch.bool)
-    for start, end, count in slab_counts(*scores.shape, sparsity, columns):
+    for start, end, count in slab_counts(scores.shape[0], scores.shape[1], sparsity, columns):
         keep[:, start:end] = keep_jointly(scores[:, start:end], count)
     return keep
 

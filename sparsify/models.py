@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from filelock import FileLock
@@ -29,6 +29,7 @@ class Loaded:
     tokenizer: Any
 
 
+@runtime_checkable
 class ModelSource(Protocol):
     """Something that can become a model.
 
@@ -67,7 +68,9 @@ def pick_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError("This device is not available", got=name, allowed="auto, cpu, cuda, mps", fix="device=auto") from error
+        raise UsageError(
+            "This device is not available", got=name, allowed="auto, cpu, cuda, mps", fix="device=auto"
+        ) from error
     return name
 
 
@@ -151,12 +154,12 @@ class GGUFModel:
     def _convert(self, folder: Path) -> None:
         source = paths.assets() / self.file
         if not source.is_file():
-            raise DataError(
-                f"The weights of {self.name} are not installed", got=f"no file {source}", fix="make setup"
-            )
+            raise DataError(f"The weights of {self.name} are not installed", got=f"no file {source}", fix="make setup")
         if (found := _hash(source)) != self.sha256:
             raise DataError(
-                f"{source.name} is not the pinned file", got=f"sha256 {found}", allowed=self.sha256,
+                f"{source.name} is not the pinned file",
+                got=f"sha256 {found}",
+                allowed=self.sha256,
                 fix=f"remove {paths.assets()} and run make setup ({self.package})",
             )
         draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
@@ -169,7 +172,8 @@ class GGUFModel:
         except OSError as error:
             raise SparsifyError(
                 f"The converted weights of {self.name} could not be written",
-                got=error, fix="free 600 MB, or point SPARSIFY_CACHE at another disk",
+                got=error,
+                fix="free 600 MB, or point SPARSIFY_CACHE at another disk",
             ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)

@@ -17,6 +17,7 @@ def root() -> Path:
 
 
 def configs() -> Path:
+    """The Hydra configs."""
     return root() / "configs"
 
 

@@ -109,10 +109,11 @@ def run_cell(config: DictConfig) -> dict[str, Any]:
     """
     cell = Cell.of(config)
     store = Store(config.results)
-    state = store.state(cell.key, cell.evaluation_keys)
-    if state == "done":
+    if store.complete(cell.key, cell.evaluation_keys):
         return _finish(cell, store, fresh=False)
     with store.lease(cell.key):
+        if store.complete(cell.key, cell.evaluation_keys):  # finished by another process meanwhile
+            return _finish(cell, store, fresh=False)
         try:
             _work(cell, store)
         except Exception as error:
@@ -147,9 +148,7 @@ def _work(cell: Cell, store: Store) -> None:
     store.write(cell.key, {**record, "status": "done"})
 
 
-def _prune(
-    cell: Cell, stand: Bench, calibration: TokenWindows, progress: Callable[[int, int], None]
-) -> PruneResult:
+def _prune(cell: Cell, stand: Bench, calibration: TokenWindows, progress: Callable[[int, int], None]) -> PruneResult:
     heldout = stand.cut(cell.heldout, cell.config.seed)
     return prune_model(
         stand.view,
@@ -186,7 +185,8 @@ def _still_valid(old: dict[str, Any] | None, cell: Cell) -> dict[str, Any]:
     """Evaluations of an earlier run of this cell, those of the same key."""
     wanted = cell.evaluation_keys
     return {
-        name: item for name, item in (old or {}).get("evaluations", {}).items()
+        name: item
+        for name, item in (old or {}).get("evaluations", {}).items()
         if wanted.get(name, item["key"]) == item["key"]
     }
 

@@ -79,8 +79,11 @@ def cells_of(overrides: list[str]) -> list[PlannedCell]:
 def grid(overrides: list[str]) -> list[list[str]]:
     """The jobs of a multirun: the presets' parameters, then the command line, as a product."""
     parser = OverridesParser.create()
-    fixed = [text for text, parsed in zip(overrides, parser.parse_overrides(overrides), strict=True)
-             if not parsed.is_sweep_override()]
+    fixed = [
+        text
+        for text, parsed in zip(overrides, parser.parse_overrides(overrides), strict=True)
+        if not parsed.is_sweep_override()
+    ]
     hydra_config = compose("config", fixed, return_hydra_config=True)
     preset = [f"{key}={value}" for key, value in (hydra_config.hydra.sweeper.params or {}).items()]
     return BasicSweeper.split_arguments(parser.parse_overrides(preset + overrides), None)[0]
@@ -120,7 +123,7 @@ def illegal(config: DictConfig) -> SparsifyError | None:
     if not config.model.get("num_blocks"):
         return None
     try:
-        registry.make(config.allocator).check(float(config.sparsity), config.model.num_blocks)
+        registry.make(config.allocator).check(identity.sparsity_of(config), config.model.num_blocks)
     except UsageError as error:
         return error
     return None
@@ -140,8 +143,11 @@ def expected_seconds(cells: Iterable[PlannedCell], results: str) -> float | None
 
 def _like(config: DictConfig, records: list[dict[str, Any]]) -> float | None:
     """Median seconds of records of the same model and scale, and of the same pruner if there are any."""
-    same = [r for r in records if r["science"]["model"]["name"] == config.model.name
-            and r["science"]["scale"] == config.scale]
+    same = [
+        r
+        for r in records
+        if r["science"]["model"]["name"] == config.model.name and r["science"]["scale"] == config.scale
+    ]
     closer = [r for r in same if r["science"]["pruner"]["_target_"] == config.pruner._target_ and r["sparsity"]]
     chosen = closer or same
     return statistics.median(sum(r["seconds"].values()) for r in chosen) if chosen else None

@@ -46,6 +46,7 @@ def commit() -> str:
 
 @cache
 def versions() -> dict[str, str]:
+    """Python and the packages that numbers depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +62,10 @@ class Store:
             RecordError: the disk is full or not writable; the old record is untouched.
         """
         file = self.folder(key) / "record.json"
-        text = json.dumps({"schema": SCHEMA, "key": key, **record}, indent=1, allow_nan=False)
+        try:
+            text = json.dumps({"schema": SCHEMA, "key": key, **record}, indent=1, allow_nan=False)
+        except (ValueError, TypeError) as error:
+            raise RecordError("A result is not finite or not plain data", got=error) from error
         write_atomically(file, text)
         return file
 
@@ -77,13 +80,17 @@ class Store:
         """What is known of a cell that should have these evaluations (name -> key)."""
         if self.holder(key) is not None:
             return "running"
+        if self.complete(key, evaluations):
+            return "done"
         record = self.read(key)
-        if record is None:
-            return "missing"
-        if record["status"] == "failed":
-            return "failed"
-        have = {item["key"] for item in record["evaluations"].values()}
-        return "done" if record["status"] == "done" and set(evaluations.values()) <= have else "missing"
+        return "failed" if record is not None and record["status"] == "failed" else "missing"
+
+    def complete(self, key: str, evaluations: Mapping[str, str]) -> bool:
+        """Whether the record is finished and has every one of these evaluations."""
+        record = self.read(key)
+        if record is None or record["status"] != "done":
+            return False
+        return set(evaluations.values()) <= {item["key"] for item in record["evaluations"].values()}
 
     def holder(self, key: str) -> str | None:
         """`host:pid` of the process that works on the cell, None if nobody alive does."""
@@ -125,7 +132,8 @@ def write_atomically(file: Path, text: str) -> None:
             os.fsync(handle.fileno())
         os.replace(draft, file)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
         raise RecordError(
             f"{file.name} could not be written",
             got=f"{file}: {error.strerror or error}",
@@ -135,10 +143,13 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def _take(file: Path) -> None:
+    """Create the lease with its content in one step, so that nobody ever reads an empty one."""
+    draft = file.with_name(f"lease.draft.{socket.gethostname()}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         _sweep_dead(file)
-        handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        draft.write_text(json.dumps(_me()))
+        os.link(draft, file)
     except FileExistsError:
         lease = _read_lease(file)
         who = f"{lease['host']}:{lease['pid']}" if lease else "another process"
@@ -147,11 +158,13 @@ def _take(file: Path) -> None:
         ) from None
     except OSError as error:
         raise RecordError(
-            "The cell's folder cannot be written", got=f"{file.parent}: {error.strerror}",
-            fix="free some space or set results=<other folder>",
+            "The cell's folder cannot be written",
+            got=f"{file.parent}: {error.strerror}",
+            fix="free some space or set results=<other folder>; everything finished so far is safe",
         ) from error
-    with os.fdopen(handle, "w") as lease_file:
-        json.dump(_me(), lease_file)
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def _me() -> dict[str, Any]:

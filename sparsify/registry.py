@@ -60,6 +60,7 @@ def unknown(group: str, name: str) -> UsageError:
 
 
 def suggest(name: str, options: list[str]) -> list[str]:
+    """Up to three options that look like `name`."""
     return difflib.get_close_matches(name, options, n=3, cutoff=0.5)
 
 
@@ -72,6 +73,12 @@ def build(group: str, spec: Spec) -> Any:
     if isinstance(spec, str):
         spec = (spec, {})
     if not isinstance(spec, tuple):
+        if isinstance(spec, type | list | dict) or spec is None:
+            raise UsageError(
+                f"A {group} is a name, a name with parameters, or an object",
+                got=repr(spec),
+                allowed=f'"{names(group)[0]}", ("{names(group)[0]}", {{...}}), or an instance',
+            )
         return spec
     name, options = spec
     config = OmegaConf.load(find(group, name))
@@ -81,7 +88,9 @@ def build(group: str, spec: Spec) -> Any:
         if key not in known:
             near = suggest(key, known)
             raise UsageError(
-                f"{group} {name} has no parameter of that name", got=key, allowed=", ".join(known),
+                f"{group} {name} has no parameter of that name",
+                got=key,
+                allowed=", ".join(known),
                 fix=f"did you mean {near[0]}" if near else None,
             )
     return make(OmegaConf.merge(config, dict(options)))
@@ -103,5 +112,5 @@ def make(config: Any) -> Any:
                 raise cause from None
             cause = cause.__cause__
         raise UsageError(
-            f"The config of {config.get('_target_')} does not fit it", got=str(error).strip().splitlines()[0]
+            f"The config of {config.get('_target_')} does not fit it", got=error.__cause__ or error
         ) from error

@@ -56,8 +56,12 @@ class Accumulator:
         if "gram" in self.needs:
             self.gram = _add(self.gram, gram_of(rows))
         if "norm" in self.needs:
-            self.square = _add(self.square, rows.float().square_().sum(dim=0) if rows.dtype != torch.float32
-                               else torch.linalg.vecdot(rows, rows, dim=0))
+            self.square = _add(
+                self.square,
+                rows.float().square_().sum(dim=0)
+                if rows.dtype != torch.float32
+                else torch.linalg.vecdot(rows, rows, dim=0),
+            )
 
     def finalise(self, samples: int) -> LayerStats:
         """Means over `samples` windows."""

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparsify.blocks import BlockView, Layer
-from sparsify.errors import DataError, NumericsError
+from sparsify.data import check_tokens
+from sparsify.errors import NumericsError
 from sparsify.stats import Accumulator, LayerStats
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "use_cache")
@@ -37,15 +38,11 @@ class Walk:
 
     Raises:
         DataError: there are no tokens.
+        UsageError: they are not ids, or the batch size is below one.
     """
 
     def __init__(self, view: BlockView, tokens: Int[Tensor, "n seq"], batch_size: int | None = None) -> None:
-        if tokens.ndim != 2 or tokens.numel() == 0:
-            raise DataError(
-                "Calibration needs at least one window of tokens",
-                got=f"a tensor of shape {tuple(tokens.shape)}",
-                allowed="token ids of shape [n, seqlen]",
-            )
+        check_tokens(tokens, 1, batch_size)
         self.view = view
         size = batch_size or default_batch_size(view.device, tokens.shape[1])
         self.batches = [slice(i, min(i + size, len(tokens))) for i in range(0, len(tokens), size)]
@@ -102,7 +99,8 @@ class Walk:
 
 def _first(out: Any) -> Tensor:
     """The hidden states among a block's outputs: a tensor in most families, first of a tuple in some."""
-    return out[0] if isinstance(out, tuple) else out
+    hidden: Tensor = out[0] if isinstance(out, tuple) else out
+    return hidden
 
 
 class _Enough(Exception):
@@ -186,7 +184,7 @@ def _enter(
     calls: Calls = []
     for where in batches:
         with _recording(view, tuples) as (first, seen):
-            view.model(tokens[where].to(view.device), use_cache=False)
+            view.model.base_model(tokens[where].to(view.device), use_cache=False)  # type: ignore[operator]
         inputs.append(first[0])
         calls.append(_same_or(calls[0], seen) if calls else seen)
     return torch.cat(inputs), calls
@@ -231,7 +229,7 @@ def _returns_tuple(view: BlockView, probe: Int[Tensor, "1 few"]) -> list[bool]:
 
     handles = [block.register_forward_hook(note(i)) for i, block in enumerate(view.blocks)]
     try:
-        view.model(probe.to(view.device), use_cache=False)
+        view.model.base_model(probe.to(view.device), use_cache=False)  # type: ignore[operator]
     finally:
         for handle in handles:
             handle.remove()

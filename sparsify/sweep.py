@@ -20,7 +20,9 @@ class _CellFilter(AbstractFilter):  # type: ignore[misc]
 
     @property
     def cell(self) -> DictConfig:
-        return OmegaConf.create(self.config)
+        cell = OmegaConf.create(self.config)
+        assert isinstance(cell, DictConfig)
+        return cell
 
     def state(self) -> str:
         cell = self.cell
@@ -84,6 +86,7 @@ def run(table: str | None, overrides: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
+    """Run a table or a sweep; the exit code of the worst cell."""
     try:
         return run(*plan.split_table(arguments))
     except Exception as error:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from sparsify import console
 
 
+@runtime_checkable
 class Tracker(Protocol):
+    """Somewhere that finished records are shown."""
+
     def log(self, record: Mapping[str, Any]) -> None:
         """Send a finished record somewhere; must not raise."""
 
@@ -34,7 +37,7 @@ class Wandb:
     """
 
     project: str = "layerwise-sparsity"
-    mode: str = "offline"
+    mode: Literal["online", "offline", "disabled"] = "offline"
     folder: str = "results"
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -49,8 +52,13 @@ class Wandb:
         import wandb
 
         run = wandb.init(
-            project=self.project, dir=self.folder, mode=self.mode, id=record["key"], config=record["science"],
-            resume="allow", reinit="finish_previous",
+            project=self.project,
+            dir=self.folder,
+            mode=self.mode,
+            id=record["key"],
+            config=record["science"],
+            resume="allow",
+            reinit="finish_previous",
         )
         try:
             run.summary.update(metrics(record))
@@ -71,6 +79,7 @@ def metrics(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def layer_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The per-layer table without the pruners' remarks."""
     return [{k: v for k, v in row.items() if k != "notes"} for row in record["layers"]]
 
 

@@ -40,6 +40,8 @@ class Pattern:
         """Read `unstructured`, `2:4` (keep 2 of 4) or `mixed:8` (each layer its own N of 8)."""
         if isinstance(text, Pattern):
             return text
+        if not isinstance(text, str):
+            raise PatternError("A pattern is text", got=repr(text), fix='quote it in YAML: pattern: "2:4"')
         if text == "unstructured":
             return cls()
         match = _N_OF_M.fullmatch(text)
@@ -103,7 +105,7 @@ class LayerTable:
 
     @property
     def num_blocks(self) -> int:
-        return len(set(layer.block for layer in self.layers))
+        return len({layer.block for layer in self.layers})
 
     @property
     def numel(self) -> int:
@@ -147,7 +149,7 @@ class SparsityPlan:
 
     targets: Mapping[str, Target]
     ledger: Ledger
-    trials: tuple[Mapping[str, float], ...] = ()
+    trials: tuple[Mapping[str, float | None], ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def sparsities(self) -> dict[str, float]:
@@ -160,13 +162,11 @@ class SparsityPlan:
     @classmethod
     def from_rows(cls, rows: list[dict[str, Any]], ledger: Mapping[str, Any]) -> SparsityPlan:
         """Rebuild a plan from `to_rows` and the ledger of a record."""
-        targets = {
-            row["name"]: Target(row["sparsity"], row.get("kept"), row.get("group")) for row in rows
-        }
+        targets = {row["name"]: Target(row["sparsity"], row.get("kept"), row.get("group")) for row in rows}
         return cls(targets, Ledger(**ledger))
 
 
-def check_sparsity(value: float) -> float:
+def check_sparsity(value: Any) -> float:
     """Return `value` as a float if it is a fraction of zeros below one.
 
     Raises:

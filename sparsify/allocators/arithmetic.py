@@ -8,7 +8,7 @@ from typing import Literal
 
 from sparsify.allocators.base import Context
 from sparsify.budget import fit_plan
-from sparsify.errors import UsageError
+from sparsify.errors import NumericsError, UsageError
 from sparsify.types import LayerTable, SparsityPlan
 
 
@@ -32,9 +32,10 @@ class Arithmetic:
     version: int = 1
 
     def __post_init__(self) -> None:
-        if self.beta != "auto" and not isinstance(self.beta, int | float):
-            raise UsageError("beta is a number or 'auto'", got=repr(self.beta), fix="allocator.beta=auto")
-        if self.step <= 0:
+        number = isinstance(self.beta, int | float) and math.isfinite(self.beta)
+        if self.beta != "auto" and not number:
+            raise UsageError("beta is a finite number or 'auto'", got=repr(self.beta), fix="allocator.beta=auto")
+        if not self.step > 0:
             raise UsageError("The step of the beta grid is positive", got=self.step, fix="allocator.step=0.002")
 
     def check(self, wanted: float, num_blocks: int) -> None:
@@ -56,17 +57,27 @@ class Arithmetic:
         return fit_plan(layers, layers.spread(by_block), wanted, high=1.0)
 
     def _search(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
-        trials, best = [], None
+        trials: list[dict[str, float | None]] = []
+        best: tuple[float, float, SparsityPlan] | None = None
         for beta in beta_grid(wanted, layers.num_blocks, self.step):
             plan = replace(self, beta=beta).allocate(layers, wanted, context)
-            score = context.objective(plan)
+            score = _finite_or_none(context, plan)
             trials.append({"beta": beta, "heldout_perplexity": score})
-            if best is None or score < best[0]:
+            if score is not None and (best is None or score < best[0]):
                 best = score, beta, plan
-        if best is None or not math.isfinite(best[0]):
-            raise UsageError("No beta of the grid gave a finite perplexity", got=trials, fix="a lower sparsity")
+        if best is None:
+            raise NumericsError("No beta of the grid gave a finite perplexity", got=trials, fix="a lower sparsity")
         _, beta, plan = best
         return SparsityPlan(plan.targets, plan.ledger, tuple(trials), {"beta": beta})
+
+
+def _finite_or_none(context: Context, plan: SparsityPlan) -> float | None:
+    """The objective, or None for a plan that breaks the model: a trial may fail without ending the search."""
+    try:
+        score = context.objective(plan)
+    except NumericsError:
+        return None
+    return score if math.isfinite(score) else None
 
 
 def progression(wanted: float, beta: float, num_blocks: int) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from sparsify.types import LayerTable, SparsityPlan
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sparsify.stats import LayerStats
 
 
+@runtime_checkable
 class Context(Protocol):
     """The dense model, asked lazily: nothing is computed that the allocator does not read."""
 
@@ -30,6 +31,7 @@ class Context(Protocol):
         """`make()`, computed once per dense model and remembered across cells."""
 
 
+@runtime_checkable
 class Allocator(Protocol):
     """Splits a budget of zeros over the layers.
 

@@ -65,7 +65,7 @@ def _last_of(layers: LayerTable, block: int) -> str:
     return next(layer.name for layer in reversed(layers.layers) if layer.block == block)
 
 
-def outlier_percent(scores: list[Float[Tensor, "out inp"]], multiple: float) -> Float[Tensor, ""]:
+def outlier_percent(scores: list[Float[Tensor, "_ _"]], multiple: float) -> Float[Tensor, ""]:
     """Percent of all scores of a block that exceed `multiple` times their common mean."""
     count = sum(s.numel() for s in scores)
     mean = torch.stack([s.sum(dtype=torch.float64) for s in scores]).sum() / count

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsify.allocators.base import Context
 from sparsify.budget import as_is_plan, fit_plan, scale
-from sparsify.errors import UsageError
+from sparsify.errors import NumericsError, UsageError
 from sparsify.types import LayerTable, SparsityPlan
 
 
@@ -71,10 +71,8 @@ def _block_means(layers: LayerTable, alphas: dict[str, float]) -> dict[str, floa
     return {layer.name: sum(by_block[layer.block]) / len(by_block[layer.block]) for layer in layers}
 
 
-def spectral_profile(
-    layers: LayerTable, signal: dict[str, float], tau: float, wanted: float
-) -> dict[str, float]:
-    """eta * phi for every layer, not clipped; a constant signal gives the uniform allocation."""
+def spectral_profile(layers: LayerTable, signal: dict[str, float], tau: float, wanted: float) -> dict[str, float]:
+    """Eta * phi for every layer, not clipped; a constant signal gives the uniform allocation."""
     low, high = min(signal.values()), max(signal.values())
     span = (high - low) or 1.0
     phi = {x.name: (signal[x.name] - low) / span * 2 * tau + 1 - tau for x in layers}
@@ -83,8 +81,16 @@ def spectral_profile(
 
 
 def spectrum(weight: Float[Tensor, "out inp"]) -> Float[Tensor, " n"]:
-    """Eigenvalues of W^T W that are not zero by construction, ascending, fp32, on the CPU."""
-    return torch.linalg.svdvals(weight.float()).square().flip(0).cpu()
+    """Eigenvalues of W^T W, ascending, fp32, on the CPU; those that are zero up to rounding are left out.
+
+    Raises:
+        NumericsError: fewer than two eigenvalues are left.
+    """
+    values = torch.linalg.svdvals(weight.float()).square().flip(0).cpu()
+    values = values[values > values[-1] * torch.finfo(torch.float32).eps ** 2]
+    if len(values) < 2:
+        raise NumericsError("A spectrum of fewer than two eigenvalues has no power law", got=tuple(weight.shape))
+    return values
 
 
 def alpha_mid(eigenvalues: Float[Tensor, " n"]) -> float:

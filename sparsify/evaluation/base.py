@@ -1,7 +1,7 @@
 """What an evaluator is."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -11,6 +11,7 @@ Cut = Callable[[Windows], TokenWindows]
 """Gives the tokens of a window spec for the model at hand."""
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """Measures a model that was pruned in place.
 

@@ -156,15 +156,13 @@ def _named(name: str) -> Iterator[None]:
         raise
 
 
-def output_error(
-    before: Float[Tensor, "out inp"], after: Float[Tensor, "out inp"], stats: LayerStats
-) -> float:
+def output_error(before: Float[Tensor, "out inp"], after: Float[Tensor, "out inp"], stats: LayerStats) -> float:
     """Relative Frobenius error of the layer's output, as good as the statistics allow (see `LayerResult`)."""
 
     def energy(weight: Tensor) -> Tensor:
         if stats.gram is not None:
-            return ((weight @ stats.gram) * weight).sum()
-        return (weight.square() if stats.square is None else weight.square() * stats.square).sum()
+            return torch.sum((weight @ stats.gram) * weight)
+        return torch.sum(weight.square() if stats.square is None else weight.square() * stats.square)
 
     dense = before.float()
     whole = energy(dense)

@@ -1,7 +1,7 @@
 """What a pruner is."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -27,6 +27,7 @@ class Pruned:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Pruner(Protocol):
     """Prunes one matrix, given statistics of its input.
 

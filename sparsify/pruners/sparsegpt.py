@@ -35,7 +35,7 @@ class SparseGPT:
     version: int = 1
 
     def __post_init__(self) -> None:
-        if self.damp <= 0 or self.columns < 1:
+        if not 0 < self.damp < float("inf") or self.columns < 1:
             raise UsageError(
                 "SparseGPT needs a positive damping and slab width",
                 got=f"damp={self.damp}, columns={self.columns}",
@@ -69,7 +69,7 @@ class InverseFactor:
 
 
 def inverse_factor(gram: Float[Tensor, "inp inp"], damp: float) -> InverseFactor:
-    """Factorise (H + damp * mean(diag H) * I)^-1, raising the damping tenfold up to 1 while it fails.
+    """Factorise (H + damp * mean(diag H) * I)^-1, raising the damping tenfold while it fails and is at most 1.
 
     Raises:
         NumericsError: H is not finite, or no damping up to 1 makes it positive definite.
@@ -102,8 +102,8 @@ def obs_prune(
         columns = max(columns // target.group, 1) * target.group  # a group never straddles two slabs
     work = weight.clone()
     work[:, factor.dead] = 0.0
-    keep = torch.ones_like(work, dtype=torch.bool)
-    for start, end, count in slab_counts(*work.shape, target.sparsity, columns):
+    keep = (~factor.dead).expand_as(work).clone()
+    for start, end, count in slab_counts(work.shape[0], work.shape[1], target.sparsity, columns):
         upper = factor.upper[start:end, start:end]
         slab = work[:, start:end]
         if target.group is None:
@@ -112,7 +112,7 @@ def obs_prune(
         else:
             mask = torch.ones_like(slab, dtype=torch.bool)
             errors = eliminate(slab, upper, mask, target)
-        keep[:, start:end] = mask
+        keep[:, start:end] &= mask
         work[:, end:] -= errors @ factor.upper[start:end, end:]
     return work, keep
 

@@ -30,9 +30,7 @@ def report(name: str, overrides: list[str]) -> list[Path]:
     cells = [cell for part in plan.parts_of(name, overrides) for cell in part.cells if cell.state != "illegal"]
     records = _records(cells)
     if not records:
-        raise SparsifyError(
-            f"No cell of {name} has finished yet", got=f"0 of {len(cells)} records", fix=f"make {name}"
-        )
+        raise SparsifyError(f"No cell of {name} has finished yet", got=f"0 of {len(cells)} records", fix=f"make {name}")
     config = cells[0].config
     stem = f"{name}_{str(config.model.name).replace('/', '-')}_{config.scale}"
     folder = Path(config.results)
@@ -51,8 +49,14 @@ def _records(cells: list[plan.PlannedCell]) -> dict[str, frame.Record]:
 
 
 def _perplexities(
-    layout: DictConfig, folder: Path, stem: str, title: str, notes: list[str],
-    wide: pd.DataFrame, records: dict[str, frame.Record], cells: list[plan.PlannedCell],
+    layout: DictConfig,
+    folder: Path,
+    stem: str,
+    title: str,
+    notes: list[str],
+    wide: pd.DataFrame,
+    records: dict[str, frame.Record],
+    cells: list[plan.PlannedCell],
 ) -> list[Path]:
     found = table.entries(layout, wide, *_axes_of(cells))
     paper = table.paper_numbers(layout)
@@ -70,8 +74,14 @@ def _perplexities(
 
 
 def _comparison(
-    layout: DictConfig, folder: Path, stem: str, title: str, notes: list[str],
-    wide: pd.DataFrame, records: dict[str, frame.Record], cells: list[plan.PlannedCell],
+    layout: DictConfig,
+    folder: Path,
+    stem: str,
+    title: str,
+    notes: list[str],
+    wide: pd.DataFrame,
+    records: dict[str, frame.Record],
+    cells: list[plan.PlannedCell],
 ) -> list[Path]:
     shown = compare.compared(layout, wide)
     return write.write(folder / "tables", stem, shown, frame.long(records.values()), title, notes)
@@ -99,11 +109,17 @@ def _footer(
     first: Any = next(iter(records.values()))
     texts = Counter(_text(r["calibration"]) for r in records.values())
     devices = ", ".join(sorted({r["execution"]["device"] for r in records.values()}))
-    commits = ", ".join(sorted({r["execution"]["commit"][:12] for r in records.values()}))
+    commits = ", ".join(sorted({_short(r["execution"]["commit"]) for r in records.values()}))
     return [
         f"Protocol {protocol}; {first['science']['dtype']}; calibration: {', '.join(texts)}.",
         f"{len(records)} of {len(cells)} cells finished; {devices}; commit {commits}.",
     ]
+
+
+def _short(commit: str) -> str:
+    """Twelve digits, and whether the checkout had changes."""
+    digits, dash, dirty = commit.partition("-")
+    return digits[:12] + dash + dirty
 
 
 def _text(provenance: dict[str, Any]) -> str:

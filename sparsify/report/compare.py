@@ -40,7 +40,12 @@ def _row(theirs: float, ours: float | None, layout: DictConfig) -> list[str]:
         return [format_number(theirs), "–", "", ""]
     deviation = ours / theirs - 1
     limit = tolerance(theirs, layout)
-    return [format_number(theirs), format_number(ours), f"{deviation:+.1%}", f"{limit:.0%}: {'yes' if abs(deviation) <= limit else 'NO'}"]
+    return [
+        format_number(theirs),
+        format_number(ours),
+        f"{deviation:+.1%}",
+        f"{limit:.0%}: {'yes' if abs(deviation) <= limit else 'NO'}",
+    ]
 
 
 def tolerance(value: float, layout: DictConfig) -> float:

@@ -23,11 +23,24 @@ from sparsify.report.table import Entry
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 """Okabe and Ito: told apart by colour-blind readers and in grey."""
-STYLE = {
-    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
-    "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.alpha": 0.25, "grid.linewidth": 0.5, "lines.linewidth": 1.2, "lines.markersize": 3.5,
-    "legend.frameon": False, "figure.dpi": 200, "savefig.bbox": "tight", "pdf.fonttype": 42,
+STYLE: Any = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+    "figure.dpi": 200,
+    "savefig.bbox": "tight",
+    "pdf.fonttype": 42,
     "svg.hashsalt": "sparsify",
 }
 
@@ -37,7 +50,9 @@ def saved(folder: Path, name: str, width: float, height: float, panels: int) -> 
     """Axes in a row to draw on, saved as PNG and PDF when the block ends."""
     files = [folder / f"{name}.png", folder / f"{name}.pdf"]
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(1, panels, figsize=(width, height), sharey=True, squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            1, panels, figsize=(width, height), sharey=True, squeeze=False, layout="constrained"
+        )
         yield list(axes[0]), files
         _save(figure, files)
 
@@ -68,8 +83,11 @@ def dot_plot(folder: Path, name: str, found: list[Entry], title: str, protocol: 
     with saved(folder, name, 1.6 + 2.2 * len(pruners), 0.8 + 0.28 * len(labels), len(pruners)) as (panels, files):
         for axes, pruner in zip(panels, pruners, strict=True):
             for colour, sparsity in zip(COLOURS, sparsities, strict=False):
-                dots = [(e.value, labels.index(e.label)) for e in found
-                        if e.pruner == pruner and e.sparsity == sparsity and e.value is not None]
+                dots = [
+                    (e.value, labels.index(e.label))
+                    for e in found
+                    if e.pruner == pruner and e.sparsity == sparsity and e.value is not None
+                ]
                 axes.plot([x for x, _ in dots], [y for _, y in dots], "o", color=colour, label=f"{sparsity:.0%}")
             if dense is not None:
                 axes.axvline(dense, color="0.4", linestyle=":", linewidth=1, label="dense")
@@ -95,8 +113,13 @@ def beta_curve(folder: Path, name: str, cells: pd.DataFrame, value: str, protoco
         for axes, pruner in zip(panels, pruners, strict=False):
             rows = where(curve, {"pruner": pruner})
             for colour, sparsity in zip(COLOURS, sorted(rows["sparsity"].unique()), strict=False):
-                _beta_line(axes, where(rows, {"sparsity": sparsity}), where(cells, {
-                    "pruner": pruner, "sparsity": sparsity, "allocator": "uniform"}), value, colour)
+                _beta_line(
+                    axes,
+                    where(rows, {"sparsity": sparsity}),
+                    where(cells, {"pruner": pruner, "sparsity": sparsity, "allocator": "uniform"}),
+                    value,
+                    colour,
+                )
             _log_axis(axes, "y")
             axes.set(title=pruner, xlabel="β (sparsity added per block)")
         panels[0].set_ylabel(f"perplexity ({protocol})")

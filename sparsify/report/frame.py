@@ -54,19 +54,21 @@ def long(records: Iterable[Record]) -> pd.DataFrame:
         base = {k: v for k, v in base.items() if k.split(".")[0] not in names}
         for name, item in record["evaluations"].items():
             text = item.get("text", {})
-            rows.append({
-                **base,
-                "evaluation": name,
-                "metric": item["metric"],
-                "protocol": item["protocol"],
-                "value": item["value"],
-                "text_sha256": text.get("tokens_sha256", "")[:16],
-                "calibration_sha256": record["calibration"].get("tokens_sha256", "")[:16],
-                "device": record["execution"]["device"],
-                "commit": record["execution"]["commit"],
-                "torch": record["execution"]["versions"]["torch"],
-                "transformers": record["execution"]["versions"]["transformers"],
-            })
+            rows.append(
+                {
+                    **base,
+                    "evaluation": name,
+                    "metric": item["metric"],
+                    "protocol": item["protocol"],
+                    "value": item["value"],
+                    "text_sha256": text.get("tokens_sha256", "")[:16],
+                    "calibration_sha256": record["calibration"].get("tokens_sha256", "")[:16],
+                    "device": record["execution"]["device"],
+                    "commit": record["execution"]["commit"],
+                    "torch": record["execution"]["versions"]["torch"],
+                    "transformers": record["execution"]["versions"]["transformers"],
+                }
+            )
     return pd.DataFrame(rows)
 
 

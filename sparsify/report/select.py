@@ -41,4 +41,4 @@ def pick(cells: pd.DataFrame, minimise: str | None) -> pd.Series | None:
         return cells.iloc[0]
     if minimise not in cells or cells[minimise].isna().all():
         return None
-    return cells.loc[cells[minimise].idxmin()]
+    return cells.iloc[int(cells[minimise].argmin())]

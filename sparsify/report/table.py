@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sparsify import paths
 from sparsify.errors import UsageError
@@ -66,7 +65,7 @@ def _one_protocol(cells: pd.DataFrame, value: str) -> str:
 
 
 def _entry(layout: DictConfig, cells: pd.DataFrame, row: DictConfig, pruner: str, sparsity: float) -> Entry:
-    conditions: dict[str, Any] = dict(OmegaConf.to_container(row.get("where", OmegaConf.create({}))))  # type: ignore[call-overload]
+    conditions = {str(key): value for key, value in row.get("where", {}).items()}
     conditions["sparsity"] = sparsity
     if pruner:
         conditions["pruner"] = pruner
@@ -103,7 +102,9 @@ def grid_frame(found: list[Entry], paper: pd.DataFrame, paper_models: list[str])
             if number is not None:
                 cells[model, column] = format_number(number)
     columns = [("ours", f"{s:.0%}") for s in sparsities]
-    columns += [(m, f"{s:.0%}") for m in paper_models for s in sparsities if any((m, f"{s:.0%}") in r for r in rows.values())]
+    columns += [
+        (m, f"{s:.0%}") for m in paper_models for s in sparsities if any((m, f"{s:.0%}") in r for r in rows.values())
+    ]
     frame = pd.DataFrame(
         [[cells.get(column, "") for column in columns] for cells in rows.values()],
         index=pd.MultiIndex.from_tuples(rows, names=["pruner", "allocation"]),
@@ -121,6 +122,7 @@ def _paper_value(paper: pd.DataFrame, model: str, entry: Entry) -> float | None:
 
 
 def text_of(entry: Entry) -> str:
+    """An entry as it is printed, with the hyper-parameter that was selected."""
     if entry.value is None:
         return "–"
     number = format_number(entry.value)

@@ -22,8 +22,12 @@ def latex(frame: pd.DataFrame, title: str, notes: list[str]) -> str:
     shown.index = pd.MultiIndex.from_tuples([tuple(map(_tex, i)) for i in frame.index], names=frame.index.names)
     shown.columns = pd.MultiIndex.from_tuples([tuple(map(_tex, c)) for c in frame.columns])
     body = shown.style.to_latex(
-        hrules=True, multicol_align="c", column_format="ll" + "r" * frame.shape[1], caption=_tex(title),
-        position_float="centering", sparse_index=True,
+        hrules=True,
+        multicol_align="c",
+        column_format="ll" + "r" * frame.shape[1],
+        caption=_tex(title),
+        position_float="centering",
+        sparse_index=True,
     )
     return "".join(f"% {note}\n" for note in notes) + body
 

@@ -1,0 +1,210 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sparsify import records
+from sparsify.errors import RecordError
+from sparsify.records import Store, write_atomically
+
+KEY = "0123456789abcdef"
+GOOD = {"status": "done", "evaluations": {"test": {"key": "t1", "value": 1.0}}}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path)
+
+
+@pytest.fixture
+def lease_of(store):
+    """Write a lease as another process would have."""
+
+    def write(**changes):
+        file = store.folder(KEY) / "lease"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(records._me() | changes))
+        return file
+
+    return write
+
+
+def full_disk(*_args, **_kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def files_of(store):
+    return sorted(file.name for file in store.folder(KEY).iterdir())
+
+
+def test_a_record_reads_back_with_its_key(store):
+    assert store.read(KEY) is None
+    file = store.write(KEY, GOOD)
+    assert file == store.folder(KEY) / "record.json"
+    assert store.read(KEY) == {"schema": records.SCHEMA, "key": KEY, **GOOD}
+
+
+def test_records_come_in_order_of_key(store):
+    for key in ("b", "c", "a"):
+        store.write(key, GOOD)
+    with store.lease("d"):
+        assert [record["key"] for record in store] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_record_and_no_draft(store, monkeypatch, call):
+    store.write(KEY, GOOD)
+    monkeypatch.setattr(records.os, call, full_disk)
+    with pytest.raises(RecordError, match="No space left on device"):
+        store.write(KEY, GOOD | {"status": "failed"})
+    assert store.read(KEY)["status"] == "done"
+    assert files_of(store) == ["record.json"]
+
+
+def test_a_record_where_no_folder_can_be_is_a_record_error(tmp_path):
+    (tmp_path / "runs").write_text("a file, not a folder")
+    with pytest.raises(RecordError, match="results="):
+        Store(tmp_path).write(KEY, GOOD)
+
+
+def test_a_lease_where_no_folder_can_be_is_a_record_error(tmp_path):
+    (tmp_path / "runs").write_text("a file, not a folder")
+    with pytest.raises(RecordError, match="results="), Store(tmp_path).lease(KEY):
+        pass
+
+
+def test_a_write_replaces_in_one_step(tmp_path, monkeypatch):
+    file = tmp_path / "record.json"
+    write_atomically(file, "old")
+    seen = []
+    replace = os.replace
+    monkeypatch.setattr(records.os, "replace", lambda *a: seen.append(file.read_text()) or replace(*a))
+    write_atomically(file, "new")
+    assert (seen, file.read_text()) == (["old"], "new")
+
+
+def test_a_number_that_json_cannot_hold_is_a_record_error(store):
+    with pytest.raises(RecordError):
+        store.write(KEY, {"value": float("inf")})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99}', '{"key": 1}', "\x00\x00"])
+def test_a_damaged_record_says_what_to_remove(store, text):
+    store.write(KEY, GOOD)
+    (store.folder(KEY) / "record.json").write_text(text)
+    with pytest.raises(RecordError, match=r"Fix: remove .*record\.json"):
+        store.read(KEY)
+
+
+def test_a_cell_goes_from_missing_to_running_to_done(store):
+    assert store.state(KEY, {"test": "t1"}) == "missing"
+    with store.lease(KEY):
+        assert store.state(KEY, {"test": "t1"}) == "running"
+        store.write(KEY, GOOD | {"status": "running"})
+    assert store.state(KEY, {"test": "t1"}) == "missing"
+    store.write(KEY, GOOD)
+    assert store.state(KEY, {"test": "t1"}) == "done"
+    assert store.state(KEY, {}) == "done"
+
+
+@pytest.mark.parametrize("wanted", [{"test": "t2"}, {"test": "t1", "zeroshot": "z"}])
+def test_a_missing_evaluation_makes_a_done_cell_missing(store, wanted):
+    store.write(KEY, GOOD)
+    assert store.state(KEY, wanted) == "missing"
+
+
+def test_a_failed_cell_is_failed_until_someone_works_on_it(store):
+    store.write(KEY, {"status": "failed", "evaluations": {}})
+    assert store.state(KEY, {}) == "failed"
+    with store.lease(KEY):
+        assert store.state(KEY, {}) == "running"
+
+
+def test_a_lease_is_released_even_after_an_error(store):
+    def work():
+        with store.lease(KEY):
+            assert store.holder(KEY).endswith(f":{os.getpid()}")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        work()
+    assert store.holder(KEY) is None
+    assert files_of(store) == []
+
+
+def test_a_live_lease_is_refused(store):
+    with store.lease(KEY), pytest.raises(RecordError, match=f":{os.getpid()}"), store.lease(KEY):
+        pass
+    assert store.holder(KEY) is None
+
+
+def test_a_live_lease_of_another_process_is_refused(store, lease_of):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        lease_of(pid=other.pid, started=records.psutil.Process(other.pid).create_time())
+        assert store.state(KEY, {}) == "running"
+        with pytest.raises(RecordError, match=f":{other.pid}"), store.lease(KEY):
+            pass
+        other.communicate(b"\n")
+    assert store.holder(KEY) is None
+
+
+def test_the_lease_of_a_dead_process_is_taken_over(store, lease_of):
+    with subprocess.Popen([sys.executable, "-c", ""]) as other:
+        other.wait()
+    lease_of(pid=other.pid)
+    assert store.state(KEY, {}) == "missing"
+    with store.lease(KEY):
+        assert store.holder(KEY).endswith(f":{os.getpid()}")
+        assert files_of(store) == ["lease"]
+
+
+def test_a_process_number_used_again_does_not_revive_a_lease(store, lease_of):
+    lease_of(started=0.0)
+    with store.lease(KEY):
+        assert store.state(KEY, {}) == "running"
+
+
+@pytest.mark.parametrize(("age", "held"), [(0, True), (records.STALE_SECONDS + 60, False)])
+def test_a_lease_of_another_host_lives_by_its_heartbeat(store, lease_of, age, held):
+    file = lease_of(host="elsewhere", pid=1)
+    then = file.stat().st_mtime - age
+    os.utime(file, (then, then))
+    assert (store.holder(KEY) == "elsewhere:1") == held
+    if held:
+        with pytest.raises(RecordError, match="elsewhere:1"), store.lease(KEY):
+            pass
+    else:
+        with store.lease(KEY):
+            assert store.holder(KEY).endswith(f":{os.getpid()}")
+
+
+def test_a_heartbeat_keeps_the_lease_young(store, monkeypatch):
+    monkeypatch.setattr(records, "HEARTBEAT_SECONDS", 0.01)
+    with store.lease(KEY):
+        file = store.folder(KEY) / "lease"
+        os.utime(file, (0, 0))
+        for _ in range(500):
+            if file.stat().st_mtime > 0:
+                break
+            records.time.sleep(0.01)
+        assert file.stat().st_mtime > 0
+
+
+def test_a_lease_has_its_content_from_the_moment_it_exists(store, monkeypatch):
+    seen, link = [], records.os.link
+    monkeypatch.setattr(records.os, "link", lambda a, b: seen.append((a.read_text(), b.exists())) or link(a, b))
+    with store.lease(KEY):
+        assert store.holder(KEY) is not None
+    (content, existed), *_ = seen
+    assert not existed
+    assert str(records.os.getpid()) in content
+
+
+def test_a_full_disk_refuses_a_lease_and_leaves_none(store, monkeypatch):
+    monkeypatch.setattr(records.Path, "write_text", full_disk)
+    with pytest.raises(RecordError), store.lease(KEY):
+        pass
+    assert files_of(store) == []
