@@ -1,12 +1,13 @@
 """Loading a model: a GGUF from a package, a hub id or folder, or random weights of a given shape."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -233,7 +234,8 @@ def _finish(model: nn.Module, tokenizer: Any) -> Loaded:
 def _dequantise(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with _quiet():
+    # The dequantisation draws a bar of its own on stderr, whatever the settings.
+    with _quiet(), redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
             source.parent,
             gguf_file=source.name,
