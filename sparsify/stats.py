@@ -43,40 +43,42 @@ class LayerStats:
 
 
 class Accumulator:
-    """Running sums of the needed statistics of one input."""
+    """Running means of the needed statistics of one input.
+
+    The arithmetic is the released code's, step by step (`WrappedGPT.add_batch`, `SparseGPT.add_batch`): near a tie the
+    last bit decides which weight goes, and at high sparsity a few such weights move a perplexity by percents. Counts
+    live on the device, so that folding can be replayed as part of a CUDA graph.
+    """
 
     def __init__(self, needs: frozenset[str]) -> None:
         self.needs = needs
+        self.seen: Tensor | None = None
         self.square: Tensor | None = None
         self.gram: Tensor | None = None
 
-    def fold(self, x: Float[Tensor, "*batch inp"]) -> None:
-        """Add the rows of `x` (all leading axes are tokens), in fp32 whatever the dtype of `x`."""
-        rows = x.reshape(-1, x.shape[-1])
-        if "gram" in self.needs:
-            self.gram = _add(self.gram, gram_of(rows))
+    def fold(self, x: Float[Tensor, "*batch inp"], windows: int) -> None:
+        """Add the tokens of some windows (all leading axes are tokens), in fp32 whatever the dtype of `x`."""
+        if self.seen is None:
+            self._start(x)
+        assert self.seen is not None
+        total = self.seen + windows
+        rows = x.reshape(-1, x.shape[-1]).float()
+        if self.square is not None:
+            norms = torch.linalg.vector_norm(rows.T, dim=1)
+            self.square.mul_(self.seen / total).add_(norms.square() * total.reciprocal())
+        if self.gram is not None:
+            scaled = rows * (2.0 / total).sqrt()
+            self.gram.mul_(self.seen / total).addmm_(scaled.T, scaled)
+        self.seen.copy_(total)
+
+    def _start(self, x: Float[Tensor, "*batch inp"]) -> None:
+        inputs = x.shape[-1]
+        self.seen = torch.zeros((), device=x.device)
         if "norm" in self.needs:
-            self.square = _add(
-                self.square,
-                rows.float().square_().sum(dim=0)
-                if rows.dtype != torch.float32
-                else torch.linalg.vecdot(rows, rows, dim=0),
-            )
+            self.square = torch.zeros(inputs, device=x.device)
+        if "gram" in self.needs:
+            self.gram = torch.zeros(inputs, inputs, device=x.device)
 
     def finalise(self, samples: int) -> LayerStats:
-        """Means over `samples` windows."""
-        square = None if self.square is None else self.square / samples
-        gram = None if self.gram is None else self.gram.mul_(2.0 / samples)
-        return LayerStats(samples, square, gram)
-
-
-def _add(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total.add_(part)
-
-
-def gram_of(rows: Float[Tensor, "tok inp"]) -> Float[Tensor, "inp inp"]:
-    """X^T X in fp32. Half-precision inputs on CUDA use tensor cores: the products are exact, the sums fp32."""
-    if rows.is_cuda and rows.dtype != torch.float32:
-        return torch.mm(rows.T, rows, out_dtype=torch.float32)
-    wide = rows.float()
-    return wide.T @ wide
+        """The means so far; `samples` is the number of windows folded in."""
+        return LayerStats(samples, self.square, self.gram)

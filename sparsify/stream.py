@@ -6,7 +6,7 @@ overwrites its input in one activation buffer.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,7 +81,7 @@ class Walk:
         """
         layers = [x for x in self.view.layers_of(block) if only is None or x.spec.name in only]
         with _Taps(layers, needs, stop_early=not advance) as taps:
-            self._pass(block, keep=advance, after_first=taps.end_learning)
+            self._pass(block, keep=advance, taps=taps)
         return taps.finalise(len(self))
 
     @torch.no_grad()
@@ -92,18 +92,20 @@ class Walk:
             taps.end_learning()
         return [frozenset(group) for group in taps.groups.values()]
 
-    def _pass(self, block: int, keep: bool, after_first: Callable[[], None] = lambda: None) -> None:
+    def _pass(self, block: int, keep: bool, taps: "_Taps | None" = None) -> None:
         """All batches through the block, the first one eagerly, the others from a graph where that pays."""
         replay: Replay | None = None
         for i, where in enumerate(self.batches):
+            if taps is not None:
+                taps.windows = where.stop - where.start
             if i == 1 and self._repeats(block):
                 replay = captured(lambda x: self._call(block, 1, x), self.hidden[where])
-            same_size = self.hidden[where].shape[0] == self.batches[0].stop
+            same_size = where.stop - where.start == self.batches[0].stop
             out = replay(self.hidden[where]) if replay and same_size else self._call(block, i, self.hidden[where])
             if keep and out is not None:
                 self.hidden[where] = out
-            if i == 0:
-                after_first()
+            if i == 0 and taps is not None:
+                taps.end_learning()
 
     def _call(self, block: int, batch: int, hidden: Tensor) -> Tensor | None:
         """The block's output for a batch; None if the taps had seen enough before it was done."""
@@ -142,6 +144,7 @@ class _Taps:
         self.sums: dict[str, Accumulator] = {}
         self.held: dict[Any, tuple[str, Tensor]] = {}
         self.learning = True
+        self.windows = 1
 
     def __enter__(self) -> "_Taps":
         self.handles = {
@@ -160,7 +163,7 @@ class _Taps:
             x = args[0] if args else next(iter(kwargs.values()))
             if self.learning and not self._leads(name, x):
                 return
-            self.sums[name].fold(x)
+            self.sums[name].fold(x, self.windows)
             if self.stop_early and not self.learning and name == next(reversed(self.groups)):
                 raise _Enough
 
@@ -261,14 +264,18 @@ def _returns_tuple(view: BlockView, probe: Int[Tensor, "1 few"]) -> list[bool]:
 
 def _same_or(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`old` where the arguments are equal (the usual case), so that masks are stored once, not once a batch."""
-    return [a if _equal(a, b) else b for a, b in zip(old, new, strict=True)]
+    known: dict[tuple[int, int], bool] = {}
+    return [a if _equal(a, b, known) else b for a, b in zip(old, new, strict=True)]
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: Any, b: Any, known: dict[tuple[int, int], bool]) -> bool:
+    """Deep equality; tensors that all blocks share are compared once (each comparison waits for the device)."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and bool(torch.equal(a, b))
+        if (id(a), id(b)) not in known:
+            known[id(a), id(b)] = a.shape == b.shape and bool(torch.equal(a, b))
+        return known[id(a), id(b)]
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(_equal(a[k], b[k], known) for k in a)
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_equal(x, y, known) for x, y in zip(a, b, strict=True))
     return type(a) is type(b) and bool(a == b)

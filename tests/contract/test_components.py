@@ -119,7 +119,7 @@ def test_a_component_that_refuses_its_value_says_so_itself():
 
 def stats_of(x):
     accumulator = Accumulator(NEEDS)
-    accumulator.fold(x)
+    accumulator.fold(x, len(x))
     return accumulator.finalise(len(x))
 
 
@@ -150,7 +150,7 @@ def test_a_pruner_reads_only_what_it_needs(name):
     pruner = registry.build("pruner", name)
     assert pruner.needs <= NEEDS
     accumulator = Accumulator(pruner.needs)
-    accumulator.fold(torch.randn(3, 20, 16))
+    accumulator.fold(torch.randn(3, 20, 16), 3)
     assert int((~pruner.prune(torch.randn(8, 16), accumulator.finalise(3), Target(0.5)).keep).sum()) == 64
 
 

@@ -18,7 +18,7 @@ ROWS, INPUTS, TOKENS = 6, 16, 40
 def stats_of(x):
     """Statistics of one window of tokens, [tokens, inputs]."""
     accumulator = Accumulator(frozenset({"norm", "gram"}))
-    accumulator.fold(x[None])
+    accumulator.fold(x[None], 1)
     return accumulator.finalise(1)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparsify.stats import Accumulator, LayerStats, gram_of
+from sparsify.stats import Accumulator, LayerStats
 
 BOTH = frozenset({"norm", "gram"})
 
@@ -11,7 +11,7 @@ def test_batches_add_up_to_means_over_windows(dtype):
     windows = torch.randn(5, 7, 6).to(dtype)
     accumulator = Accumulator(BOTH)
     for batch in windows.split(2):
-        accumulator.fold(batch)
+        accumulator.fold(batch, len(batch))
     stats = accumulator.finalise(len(windows))
     exact = windows.double()
     square = sum(window.square().sum(dim=0) for window in exact) / 5
@@ -27,14 +27,14 @@ def test_folding_leaves_the_activations_alone(dtype):
     x = torch.randn(3, 4, 5).to(dtype)
     before = x.clone()
     accumulator = Accumulator(BOTH)
-    accumulator.fold(x)
-    accumulator.fold(x)
+    accumulator.fold(x, len(x))
+    accumulator.fold(x, len(x))
     assert torch.equal(x, before)
 
 
 def test_sums_of_half_precision_do_not_overflow():
     accumulator = Accumulator(frozenset({"norm", "gram"}))
-    accumulator.fold(torch.full((1, 4, 2), 60000.0, dtype=torch.float16))
+    accumulator.fold(torch.full((1, 4, 2), 60000.0, dtype=torch.float16), 1)
     stats = accumulator.finalise(1)
     assert stats.square.tolist() == [1.44e10] * 2
     assert torch.isfinite(stats.gram).all()
@@ -42,15 +42,30 @@ def test_sums_of_half_precision_do_not_overflow():
 
 def test_only_what_is_needed_is_collected():
     accumulator = Accumulator(frozenset({"gram"}))
-    accumulator.fold(torch.ones(1, 2, 3))
+    accumulator.fold(torch.ones(1, 2, 3), 1)
     stats = accumulator.finalise(1)
     assert stats.square is None
     with pytest.raises(LookupError):
         _ = stats.norm
 
 
-def test_a_gram_matrix_sums_over_tokens():
-    assert gram_of(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist() == [[10.0, 14.0], [14.0, 20.0]]
+def test_tokens_may_come_without_a_window_axis():
+    flat, windows = Accumulator(BOTH), Accumulator(BOTH)
+    x = torch.randn(3, 4, 5)
+    flat.fold(x.flatten(0, 1), 3)
+    windows.fold(x, 3)
+    torch.testing.assert_close(flat.finalise(3).square, windows.finalise(3).square)
+    torch.testing.assert_close(flat.finalise(3).gram, windows.finalise(3).gram)
+
+
+def test_the_squared_norm_is_the_released_running_mean_to_the_last_bit():
+    windows = torch.randn(4, 30, 6)
+    accumulator, released = Accumulator(frozenset({"norm"})), torch.zeros(6)
+    for n, window in enumerate(windows):
+        accumulator.fold(window[None], 1)
+        released *= n / (n + 1)  # WrappedGPT.add_batch
+        released += torch.norm(window.T, p=2, dim=1) ** 2 * torch.tensor(1 / (n + 1))
+    assert torch.equal(accumulator.finalise(4).square, released)
 
 
 def test_a_derived_quantity_is_made_once():
