@@ -81,12 +81,17 @@ def spectral_profile(layers: LayerTable, signal: dict[str, float], tau: float, w
 
 
 def spectrum(weight: Float[Tensor, "out inp"]) -> Float[Tensor, " n"]:
-    """Eigenvalues of W^T W, ascending, fp32, on the CPU; those that are zero up to rounding are left out.
+    """Eigenvalues of W^T W, ascending, on the CPU; those that are zero up to rounding are left out.
+
+    Taken from the smaller Gram matrix in double precision: in single precision an accelerator's decomposition differs
+    from the CPU's (which the release uses) by enough to move an eigenvalue into another bin of `alpha_peak`.
 
     Raises:
         NumericsError: fewer than two eigenvalues are left.
     """
-    values = torch.linalg.svdvals(weight.float()).square().flip(0).cpu()
+    wide = weight.double()
+    gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
+    values = torch.linalg.eigvalsh(gram).float().cpu()
     values = values[values > values[-1] * torch.finfo(torch.float32).eps ** 2]
     if len(values) < 2:
         raise NumericsError("A spectrum of fewer than two eigenvalues has no power law", got=tuple(weight.shape))
