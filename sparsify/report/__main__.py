@@ -1,99 +1,102 @@
-"""`python -m sparsify.report table=table1`: Markdown, CSV, LaTeX and figures from the records. Runs no model."""
+"""`python -m sparsify.report table=table1`: Markdown, CSV, LaTeX and figures from the records. Runs no model.
+
+With `rows=results/published/<folder>/<table>.csv` the same files are made from published rows, beside them; the lines of
+a `notes.txt` there are added to the footnotes.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig
 
-from sparsify import cli, console, plan
+from sparsify import cli, console, plan, registry
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.records import Store
 from sparsify.report import compare, figures, frame, table, write
 
 
-def report(name: str, overrides: list[str]) -> list[Path]:
-    """Write a table and its figures from whatever records exist; returns the files.
+@dataclass(frozen=True)
+class Source:
+    """What a report is made from.
+
+    Attributes:
+        rows: long rows of the finished cells.
+        wanted: cells the table has in all; None where that is not known.
+        tables: folder for tables.
+        figures: folder for figures.
+        notes: remarks of whoever published the rows.
+    """
+
+    rows: pd.DataFrame
+    wanted: int | None
+    tables: Path
+    figures: Path
+    notes: tuple[str, ...] = ()
+
+
+def report(name: str, overrides: list[str], rows: Path | None = None) -> list[Path]:
+    """Write a table and its figures from whatever has finished; returns the files.
 
     Args:
         name: a file of `configs/table`.
         overrides: the Hydra overrides that the sweep was run with (model, scale, ...).
+        rows: published long rows to use instead of records.
 
     Raises:
         SparsifyError: no cell of this table has finished.
     """
     layout = plan.table_config(name)
+    source = _from_records(name, overrides) if rows is None else _from_rows(rows)
+    cells = frame.wide(source.rows)
+    model, scale = str(cells["model"].iloc[0]), str(cells["scale"].iloc[0])
+    stem = f"{model.replace('/', '-')}_{scale}"
+    title = f"{layout.title} — {model}, {scale} scale"
+    notes = [*layout.notes, *_footer(cells, source, layout), *source.notes]
+    if layout.get("layout") == "compare":
+        shown = compare.compared(layout, cells)
+        return write.write(source.tables, f"{name}_{stem}", shown, source.rows, title, notes)
+    return _perplexities(layout, source, cells, f"{name}_{stem}", title, notes)
+
+
+def _from_records(name: str, overrides: list[str]) -> Source:
     cells = [cell for part in plan.parts_of(name, overrides) for cell in part.cells if cell.state != "illegal"]
-    records = _records(cells)
+    results = Path(cells[0].config.results)
+    store = Store(results)
+    records = [store.read(cell.key) for cell in cells if cell.state == "done"]
     if not records:
-        raise SparsifyError(f"No cell of {name} has finished yet", got=f"0 of {len(cells)} records", fix=f"make {name}")
-    config = cells[0].config
-    stem = f"{name}_{str(config.model.name).replace('/', '-')}_{config.scale}"
-    folder = Path(config.results)
-    title = f"{layout.title} — {config.model.name}, {config.scale} scale"
-    wide = frame.wide(records.values())
-    notes = [*layout.notes, *_footer(wide, records, cells, layout)]
-    make = _comparison if layout.get("layout") == "compare" else _perplexities
-    return make(layout, folder, stem, title, notes, wide, records, cells)
+        raise SparsifyError(f"No cell of {name} has finished yet", got=f"0 of {len(cells)} cells", fix=f"make {name}")
+    rows = frame.long(record for record in records if record is not None)
+    return Source(rows.drop_duplicates(["key", "evaluation"]), len(cells), results / "tables", results / "figures")
 
 
-def _records(cells: list[plan.PlannedCell]) -> dict[str, frame.Record]:
-    """Finished records by key."""
-    store = Store(cells[0].config.results)
-    found = {cell.key: store.read(cell.key) for cell in cells if cell.state == "done"}
-    return {key: record for key, record in found.items() if record is not None}
+def _from_rows(file: Path) -> Source:
+    remarks = file.with_name("notes.txt")
+    notes = remarks.read_text(encoding="utf8").splitlines() if remarks.is_file() else []
+    return Source(frame.read_long(file), None, file.parent, file.parent, tuple(notes))
 
 
 def _perplexities(
-    layout: DictConfig,
-    folder: Path,
-    stem: str,
-    title: str,
-    notes: list[str],
-    wide: pd.DataFrame,
-    records: dict[str, frame.Record],
-    cells: list[plan.PlannedCell],
+    layout: DictConfig, source: Source, cells: pd.DataFrame, name: str, title: str, notes: list[str]
 ) -> list[Path]:
-    found = table.entries(layout, wide, *_axes_of(cells))
+    sparse = cells[cells["sparsity"] > 0]
+    pruners = [p for p in registry.names("pruner") if p in set(sparse["pruner"])]
+    pruners.sort(key=lambda p: list(layout.pruners).index(p) if p in layout.pruners else len(layout.pruners))
+    found = table.entries(layout, cells, pruners, sorted(sparse["sparsity"].unique()))
     paper = table.paper_numbers(layout)
-    models = _paper_models(layout, paper, str(cells[0].config.model.name))
-    shown = table.grid_frame(found, paper, models)
-    protocol = str(wide[f"{layout.value}.protocol"].iloc[0])
-    files = write.write(folder / "tables", stem, shown, frame.long(records.values()), title, notes)
-    files += figures.dot_plot(folder / "tables", stem, found, title, protocol)
-    suffix = stem.partition("_")[2]
-    if "beta_curve" in layout.figures and not wide[wide["allocator"] == "atp"].empty:
-        files += figures.beta_curve(folder / "figures", f"beta_curve_{suffix}", wide, layout.value, protocol)
-    if "layer_profile" in layout.figures:
-        files += figures.layer_profile(folder / "figures", f"layer_profile_{suffix}", found, records)
+    shown = table.grid_frame(found, paper, _paper_models(layout, paper, str(cells["model"].iloc[0])))
+    protocol = str(cells[f"{layout.value}.protocol"].iloc[0])
+    files = write.write(source.tables, name, shown, source.rows, title, notes)
+    files += figures.dot_plot(source.tables, name, found, title, protocol)
+    stem = name.partition("_")[2]
+    if "beta_curve" in layout.figures and (cells["allocator"] == "atp").any():
+        files += figures.beta_curve(source.figures, f"beta_curve_{stem}", cells, layout.value, protocol)
+    if "layer_profile" in layout.figures and not sparse.empty:
+        files += figures.layer_profile(source.figures, f"layer_profile_{stem}", found, frame.profiles(cells))
     return files
-
-
-def _comparison(
-    layout: DictConfig,
-    folder: Path,
-    stem: str,
-    title: str,
-    notes: list[str],
-    wide: pd.DataFrame,
-    records: dict[str, frame.Record],
-    cells: list[plan.PlannedCell],
-) -> list[Path]:
-    shown = compare.compared(layout, wide)
-    return write.write(folder / "tables", stem, shown, frame.long(records.values()), title, notes)
-
-
-def _axes_of(cells: list[plan.PlannedCell]) -> tuple[list[str], list[float]]:
-    """Row groups and columns: the pruners and sparsities of the sweeps, dense aside."""
-    from sparsify import registry
-
-    sparse = [cell.config for cell in cells if cell.config.sparsity]
-    pruners = list(dict.fromkeys(registry.name_of("pruner", config.pruner) for config in sparse))
-    return pruners, sorted({float(config.sparsity) for config in sparse})
 
 
 def _paper_models(layout: DictConfig, paper: pd.DataFrame, model: str) -> list[str]:
@@ -101,18 +104,17 @@ def _paper_models(layout: DictConfig, paper: pd.DataFrame, model: str) -> list[s
     return [model] if model in set(paper["model"]) else list(layout.paper_models)
 
 
-def _footer(
-    wide: pd.DataFrame, records: dict[str, frame.Record], cells: list[plan.PlannedCell], layout: DictConfig
-) -> list[str]:
-    """What a reader must know about these numbers, from the records themselves."""
-    protocol = ", ".join(sorted(wide[f"{layout.value}.protocol"].dropna().unique()))
-    first: Any = next(iter(records.values()))
-    texts = Counter(_text(r["calibration"]) for r in records.values())
-    devices = ", ".join(sorted({r["execution"]["device"] for r in records.values()}))
-    commits = ", ".join(sorted({_short(r["execution"]["commit"]) for r in records.values()}))
+def _footer(cells: pd.DataFrame, source: Source, layout: DictConfig) -> list[str]:
+    """What a reader must know about these numbers, from the rows themselves."""
+
+    def all_of(column: str) -> str:
+        return ", ".join(sorted(set(cells[column].dropna().astype(str))))
+
+    of = "" if source.wanted is None else f" of {source.wanted}"
+    commits = ", ".join(sorted({_short(c) for c in cells["commit"].dropna()}))
     return [
-        f"Protocol {protocol}; {first['science']['dtype']}; calibration: {', '.join(texts)}.",
-        f"{len(records)} of {len(cells)} cells finished; {devices}; commit {commits}.",
+        f"Protocol {all_of(f'{layout.value}.protocol')}; {all_of('dtype')}; calibration: {all_of('calibration')}.",
+        f"{len(cells)}{of} cells finished; {all_of('device')}; commit {commits}.",
     ]
 
 
@@ -122,20 +124,14 @@ def _short(commit: str) -> str:
     return digits[:12] + dash + dirty
 
 
-def _text(provenance: dict[str, Any]) -> str:
-    if "corpus" not in provenance:
-        return str(provenance["source"])
-    sizes = f"{provenance['windows']} x {provenance['seqlen']} tokens"
-    return f"{provenance['corpus']} {provenance['split']} ({provenance['sampler']} sampler), {sizes}"
-
-
 def main(arguments: list[str]) -> int:
     """Print the table and the paths of the files."""
     try:
-        name, overrides = plan.split_table(arguments)
+        name, rest = plan.split_table(arguments)
         if name is None:
-            raise UsageError("Which table?", fix="python -m sparsify.report table=table1")
-        files = report(name, overrides)
+            raise UsageError("Which table?", allowed=", ".join(registry.names("table")), fix="table=table1")
+        rows = [Path(a.removeprefix("rows=")) for a in rest if a.startswith("rows=")]
+        files = report(name, [a for a in rest if not a.startswith("rows=")], rows[-1] if rows else None)
         console.out().print(files[0].read_text(encoding="utf8"), markup=False)
         for file in files:
             console.say(f"wrote {file}")

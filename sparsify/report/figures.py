@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from sparsify.allocators.arithmetic import legal_maximum
-from sparsify.report.frame import Record, block_profile
 from sparsify.report.select import pick, where
 from sparsify.report.table import Entry
 
@@ -46,12 +46,14 @@ STYLE: Any = {
 
 
 @contextmanager
-def saved(folder: Path, name: str, width: float, height: float, panels: int) -> Iterator[tuple[list[Axes], list[Path]]]:
+def saved(
+    folder: Path, name: str, width: float, height: float, panels: int, sharey: bool = True
+) -> Iterator[tuple[list[Axes], list[Path]]]:
     """Axes in a row to draw on, saved as PNG and PDF when the block ends."""
     files = [folder / f"{name}.png", folder / f"{name}.pdf"]
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1, panels, figsize=(width, height), sharey=True, squeeze=False, layout="constrained"
+            1, panels, figsize=(width, height), sharey=sharey, squeeze=False, layout="constrained"
         )
         yield list(axes[0]), files
         _save(figure, files)
@@ -67,9 +69,12 @@ def _save(figure: Figure, files: list[Path]) -> None:
 
 
 def _log_axis(axes: Axes, which: str) -> None:
+    """A log axis with plain numbers: 1, 2, 5 within two and a half decades, powers of ten beyond."""
     axis = axes.yaxis if which == "y" else axes.xaxis
     (axes.set_yscale if which == "y" else axes.set_xscale)("log")
-    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=8))
+    low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -109,7 +114,7 @@ def beta_curve(folder: Path, name: str, cells: pd.DataFrame, value: str, protoco
     """
     curve = where(cells, {"allocator": "atp"})
     pruners = [p for p in cells["pruner"].unique() if p in set(curve["pruner"])]
-    with saved(folder, name, 1.2 + 2.6 * len(pruners), 2.6, max(len(pruners), 1)) as (panels, files):
+    with saved(folder, name, 1.4 + 2.7 * len(pruners), 2.6, max(len(pruners), 1), sharey=False) as (panels, files):
         for axes, pruner in zip(panels, pruners, strict=False):
             rows = where(curve, {"pruner": pruner})
             for colour, sparsity in zip(COLOURS, sorted(rows["sparsity"].unique()), strict=False):
@@ -150,15 +155,19 @@ def _beta_legend(axes: Axes) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def layer_profile(folder: Path, name: str, found: list[Entry], records: Mapping[str, Record]) -> list[Path]:
-    """Counted sparsity of each block under every allocation, one panel per sparsity, for the first pruner."""
+def layer_profile(folder: Path, name: str, found: list[Entry], profiles: Mapping[str, list[float]]) -> list[Path]:
+    """Counted sparsity of each block under every allocation, one panel per sparsity, for the first pruner.
+
+    Sparsities at which fewer allocations have run than at others are left out.
+    """
     pruner = next((e.pruner for e in found if e.pruner), "")
-    chosen = [e for e in found if e.pruner == pruner and e.key in records]
-    sparsities = sorted({e.sparsity for e in chosen})
+    chosen = [e for e in found if e.pruner == pruner and e.key in profiles]
+    counts = Counter(e.sparsity for e in chosen)
+    sparsities = sorted(s for s in counts if counts[s] == max(counts.values()))
     with saved(folder, name, 1.6 + 2.2 * len(sparsities), 2.4, max(len(sparsities), 1)) as (panels, files):
         for axes, sparsity in zip(panels, sparsities, strict=False):
             for colour, entry in zip(COLOURS, [e for e in chosen if e.sparsity == sparsity], strict=False):
-                profile = block_profile(records[entry.key])
+                profile = profiles[entry.key]
                 label = f"{entry.label}" + (f" ({entry.note})" if entry.note and len(sparsities) == 1 else "")
                 axes.plot(range(1, len(profile) + 1), profile, "o-", markersize=2, color=colour, label=label)
             axes.set(title=f"{pruner}, {sparsity:.0%}", xlabel="block")

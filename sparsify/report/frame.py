@@ -1,75 +1,64 @@
-"""Records as pandas frames: one wide row per cell for tables, long rows per measurement for publication."""
+"""Records as pandas frames: long rows, one per measurement, and from those the wide rows that tables query."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from sparsify import registry
+from sparsify.errors import RecordError
 
 Record = Mapping[str, Any]
 
-
-def wide(records: Iterable[Record]) -> pd.DataFrame:
-    """One row per finished cell.
-
-    Columns: `key`, `scale`, `model`, `pruner`, `allocator`, `method`, `pattern`, `sparsity` (wanted), `achieved`,
-    `seed`; every parameter of a component as `allocator.beta`; every evaluation's value under its name (`test`)
-    and its protocol as `test.protocol`; `seconds.<step>`.
-    """
-    return pd.DataFrame([_wide_row(record) for record in records])
-
-
-def _wide_row(record: Record) -> dict[str, Any]:
-    science = record["science"]
-    row: dict[str, Any] = {
-        "key": record["key"],
-        "scale": science["scale"],
-        "model": science["model"]["name"],
-        "dtype": science["dtype"],
-        "pattern": science["pattern"],
-        "sparsity": science["sparsity"],
-        "achieved": record["sparsity"],
-        "seed": science["seed"],
-    }
-    for group in ("pruner", "allocator", "method"):
-        row[group] = registry.name_of(group, science[group])
-        row |= {f"{group}.{k}": v for k, v in science[group].items() if not k.startswith("_")}
-    for name, item in record["evaluations"].items():
-        row[name] = item["value"]
-        row[f"{name}.protocol"] = item["protocol"]
-    row |= {f"seconds.{step}": value for step, value in record["seconds"].items()}
-    row["num_blocks"] = len({layer["block"] for layer in record["layers"]})
-    return row
+MEASUREMENT = ("evaluation", "metric", "protocol", "value", "text_sha256")
+"""Columns of a long row that belong to the evaluation; all others describe the cell."""
 
 
 def long(records: Iterable[Record]) -> pd.DataFrame:
-    """One row per cell and evaluation, self-describing: what is committed under `results/published`."""
-    rows = []
-    for record in records:
-        base = {k: v for k, v in _wide_row(record).items() if not isinstance(v, dict)}
-        names = set(record["evaluations"])
-        base = {k: v for k, v in base.items() if k.split(".")[0] not in names}
-        for name, item in record["evaluations"].items():
-            text = item.get("text", {})
-            rows.append(
-                {
-                    **base,
-                    "evaluation": name,
-                    "metric": item["metric"],
-                    "protocol": item["protocol"],
-                    "value": item["value"],
-                    "text_sha256": text.get("tokens_sha256", "")[:16],
-                    "calibration_sha256": record["calibration"].get("tokens_sha256", "")[:16],
-                    "device": record["execution"]["device"],
-                    "commit": record["execution"]["commit"],
-                    "torch": record["execution"]["versions"]["torch"],
-                    "transformers": record["execution"]["versions"]["transformers"],
-                }
-            )
-    return pd.DataFrame(rows)
+    """One self-describing row per cell and evaluation: what `results/published` keeps and tables are made from.
+
+    Columns: `key`, `scale`, `model`, `dtype`, `pattern`, `sparsity` (wanted), `achieved` (counted zeros), `seed`;
+    `pruner`, `allocator`, `method` by config name, every parameter as `allocator.beta`; `num_blocks` and
+    `block_sparsity` (counted, first to last block, joined by `|`); `seconds.<step>`; where and with what it ran; then
+    `evaluation`, `metric`, `protocol`, `value` and the hash of the tokens.
+    """
+    return pd.DataFrame([row for record in records for row in _rows(record)])
+
+
+def _rows(record: Record) -> list[dict[str, Any]]:
+    cell = _cell(record)
+    return [
+        cell
+        | {
+            "evaluation": name,
+            "metric": item["metric"],
+            "protocol": item["protocol"],
+            "value": item["value"],
+            "text_sha256": item.get("text", {}).get("tokens_sha256", "")[:16],
+        }
+        for name, item in record["evaluations"].items()
+    ]
+
+
+def _cell(record: Record) -> dict[str, Any]:
+    science, execution = record["science"], record["execution"]
+    row: dict[str, Any] = {"key": record["key"], "model": science["model"]["name"], "achieved": record["sparsity"]}
+    row |= {name: science[name] for name in ("scale", "dtype", "pattern", "sparsity", "seed")}
+    for group in ("pruner", "allocator", "method"):
+        row[group] = registry.name_of(group, science[group])
+        row |= {f"{group}.{k}": v for k, v in science[group].items() if not k.startswith("_")}
+    profile = block_profile(record)
+    row["num_blocks"] = len(profile)
+    row["block_sparsity"] = "|".join(f"{value:.5f}" for value in profile)
+    row |= {f"seconds.{step}": round(value, 3) for step, value in record["seconds"].items()}
+    row["calibration"] = _describe(record["calibration"])
+    row["calibration_sha256"] = record["calibration"].get("tokens_sha256", "")[:16]
+    row |= {name: execution[name] for name in ("device", "commit", "finished")}
+    row |= {name: execution["versions"][name] for name in ("torch", "transformers")}
+    return row
 
 
 def block_profile(record: Record) -> list[float]:
@@ -80,3 +69,43 @@ def block_profile(record: Record) -> list[float]:
         zeros[layer["block"]] = zeros.get(layer["block"], 0) + layer["zeros"]
         numel[layer["block"]] = numel.get(layer["block"], 0) + layer["numel"]
     return [zeros[b] / numel[b] for b in sorted(zeros)]
+
+
+def _describe(provenance: Mapping[str, Any]) -> str:
+    if "corpus" not in provenance:
+        return str(provenance["source"])
+    sizes = f"{provenance['windows']} x {provenance['seqlen']} tokens"
+    return f"{provenance['corpus']} {provenance['split']} ({provenance['sampler']} sampler), {sizes}"
+
+
+def read_long(file: Path) -> pd.DataFrame:
+    """Long rows from a published CSV.
+
+    Raises:
+        RecordError: not such a file.
+    """
+    try:
+        rows = pd.read_csv(file, dtype={"key": str, "block_sparsity": str})
+    except (OSError, ValueError) as error:
+        raise RecordError("Published rows cannot be read", got=f"{file}: {error}") from error
+    missing = sorted({"key", *MEASUREMENT} - set(rows))
+    if missing:
+        raise RecordError("Published rows lack columns", got=f"{file}: no {', '.join(missing)}")
+    return rows
+
+
+def wide(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per cell: its description, every evaluation's value under its name (`test`) and `test.protocol`."""
+    shared = [column for column in rows if column not in MEASUREMENT]
+    cells = rows.drop_duplicates("key")[shared].set_index("key", drop=False)
+    for name, part in rows.groupby("evaluation"):
+        by_key = part.set_index("key")
+        cells[str(name)] = by_key["value"]
+        cells[f"{name}.protocol"] = by_key["protocol"]
+    return cells.reset_index(drop=True)
+
+
+def profiles(cells: pd.DataFrame) -> dict[str, list[float]]:
+    """Counted sparsity by block of every cell that has it, by key."""
+    known = cells[cells["block_sparsity"].notna()]
+    return {row["key"]: [float(x) for x in str(row["block_sparsity"]).split("|")] for _, row in known.iterrows()}
