@@ -9,6 +9,7 @@ DRY_RUN    ?=
 ARGS       ?=
 
 TABLES := table1
+CHECKS := reference
 
 VENV   := .venv
 PY     := $(VENV)/bin/python
@@ -30,12 +31,12 @@ launcher  = $(if $(LAUNCHER),'hydra/launcher=$(LAUNCHER)')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup tables $(TABLES) test check format clean distclean
+.PHONY: help setup tables $(TABLES) $(CHECKS) test check format clean distclean
 
 help:  ## this list
 	@echo 'usage: make TARGET [MODEL=llama2-7b] [SCALE=paper] [LAUNCHER=slurm] [DRY_RUN=1] [ARGS="hydra.overrides=..."]'
 	@echo
-	@awk -F ':.*## ' '/^[$$a-z()A-Z0-9_-]+:.*## / {sub(/\$$\(TABLES\)/, "$(TABLES)", $$1); printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[$$a-z() A-Z0-9_-]+:.*## / {sub(/\$$\(TABLES\) \$$\(CHECKS\)/, "$(TABLES)", $$1); printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  setup takes PYTHON=python3.12 and TORCH_ARGS="--index-url URL" (another build of torch) too'
 
@@ -76,7 +77,7 @@ $(ASSET_READY): | $(VENV_READY)
 tables:  ## every table; one that fails does not hold up the others
 	+@$(MAKE) --no-print-directory --keep-going $(TABLES)
 
-$(TABLES): setup  ## run the missing cells, then write the table and its figures to results/; DRY_RUN=1 says what is missing
+$(TABLES) $(CHECKS): setup  ## run the missing cells, then write the table and its figures to results/; DRY_RUN=1 says what is missing
 ifneq ($(filter-out 0,$(DRY_RUN)),)
 	@$(PY) -m sparsify.plan table=$@ $(overrides)
 else

@@ -1,7 +1,7 @@
 """`python -m sparsify.report table=table1`: Markdown, CSV, LaTeX and figures from the records. Runs no model.
 
-With `rows=results/published/<folder>/<table>.csv` the same files are made from published rows, beside them; the lines of
-a `notes.txt` there are added to the footnotes.
+With `rows=results/published/<folder>/<table>.csv` the same files are made from published rows, beside them; the
+lines of a `notes.txt` there are added to the footnotes.
 """
 
 from __future__ import annotations
