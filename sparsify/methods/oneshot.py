@@ -95,6 +95,18 @@ class OneShot:
         Raises:
             NumericsError: a layer's weights or statistics are unusable; the message names it.
         """
+        with full_precision():
+            return self._walk(view, tokens, pruner, plan, batch_size, progress)
+
+    def _walk(
+        self,
+        view: BlockView,
+        tokens: Int[Tensor, "n seq"],
+        pruner: Pruner,
+        plan: SparsityPlan,
+        batch_size: int | None,
+        progress: Progress,
+    ) -> list[LayerResult]:
         rows: list[LayerResult] = []
         total = len(view.blocks)
         last = max((x.spec.block for x in view.layers if plan.targets[x.spec.name].sparsity > 0), default=-1)
@@ -121,6 +133,20 @@ class OneShot:
         else:
             stats = walk.observe(block, needs, advance=self.regime == "dense")
             yield from ((layers[name], stats[name]) for name in layers)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Single-precision products in single precision: no TF32 in Gram matrices and updates, whatever the user set.
+
+    The released SparseGPT switches it off too (`torch.backends.cuda.matmul.allow_tf32 = False`).
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def prune_layer(layer: Layer, stats: LayerStats, pruner: Pruner, target: Target) -> LayerResult:

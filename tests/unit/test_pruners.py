@@ -239,3 +239,15 @@ def test_missing_statistics_are_a_programming_error(pruner, weight):
 def test_bad_hyper_parameters_are_refused(pruner, options):
     with pytest.raises(UsageError):
         pruner(**options)
+
+
+def test_pruning_never_runs_in_tf32_and_puts_the_setting_back():
+    from sparsify.methods.oneshot import full_precision
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        with full_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
