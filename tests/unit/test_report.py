@@ -1,0 +1,115 @@
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from sparsify import plan
+from sparsify.errors import UsageError
+from sparsify.report import compare, frame, table
+from sparsify.report.select import pick, where
+
+LAYOUT = plan.table_config("table1")
+
+
+def record(allocator, sparsity, test, heldout, beta=None, key=None):
+    """A finished cell as the store has it, as far as reports read it."""
+    targets = {"uniform": "uniform.Uniform", "atp": "arithmetic.Arithmetic", "owl": "owl.OWL"}
+    node = {"_target_": f"sparsify.allocators.{targets[allocator]}", "version": 1}
+    if beta is not None:
+        node["beta"] = beta
+    zeros = round(100 * sparsity)
+    return {
+        "key": key or f"{allocator}-{sparsity}-{beta}",
+        "sparsity": sparsity,
+        "science": {
+            "scale": "embedded",
+            "model": {"name": "m"},
+            "dtype": "float32",
+            "pattern": "unstructured",
+            "sparsity": sparsity,
+            "seed": 0,
+            "pruner": {"_target_": "sparsify.pruners.wanda.Wanda", "group": "row"},
+            "allocator": node,
+            "method": {"_target_": "sparsify.methods.oneshot.OneShot", "regime": "propagated"},
+        },
+        "layers": [{"block": i, "zeros": zeros, "numel": 100} for i in range(2)],
+        "seconds": {"prune": 1.0},
+        "calibration": {"source": "random token ids"},
+        "execution": {
+            "device": "cpu",
+            "commit": "0" * 40,
+            "finished": "now",
+            "versions": {"torch": "2", "transformers": "5"},
+        },
+        "evaluations": {
+            name: {"metric": "perplexity", "value": value, "protocol": f"t{name}@8"}
+            for name, value in (("test", test), ("heldout", heldout))
+        },
+    }
+
+
+def cells():
+    records = [
+        record("uniform", 0.0, 20.0, 21.0),
+        record("uniform", 0.7, 300.0, 310.0),
+        record("atp", 0.7, 150.0, 190.0, beta=0.002),
+        record("atp", 0.7, 160.0, 180.0, beta=0.004),
+    ]
+    return frame.wide(frame.long(records))
+
+
+def test_long_rows_survive_a_csv(tmp_path):
+    rows = frame.long([record("atp", 0.7, 1.5, 2.5, beta=0.01)])
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    back = frame.read_long(tmp_path / "rows.csv")
+    assert frame.wide(back)["test"].tolist() == [1.5]
+    assert frame.profiles(frame.wide(back)) == {"atp-0.7-0.01": [0.7, 0.7]}
+
+
+def test_both_selection_rules_report_the_test_value():
+    found = {(e.label, e.sparsity): e for e in table.entries(LAYOUT, cells(), ["wanda"], [0.7])}
+    assert (found["ATP, best β by test", 0.7].value, found["ATP, best β by test", 0.7].note) == (150.0, "beta 0.002")
+    assert (found["ATP, best β by held-out", 0.7].value, found["ATP, best β by held-out", 0.7].note) == (
+        160.0,
+        "beta 0.004",
+    )
+    assert found["dense", 0.0].value == 20.0
+
+
+def test_a_cell_that_has_not_run_is_a_dash_and_papers_stand_beside_ours():
+    found = table.entries(LAYOUT, cells(), ["wanda"], [0.7])
+    shown = table.grid_frame(found, table.paper_numbers(LAYOUT), ["llama-7b", "llama2-7b"])
+    assert shown.loc[("wanda", "OWL"), ("ours", "70%")] == "–"
+    assert shown.loc[("wanda", "OWL"), ("llama-7b", "70%")] == "24.55"
+    assert shown.loc[("wanda", "ATP, best β by held-out"), ("llama2-7b", "70%")] == ""
+
+
+def test_protocols_never_share_a_table():
+    mixed = cells()
+    mixed.loc[0, "test.protocol"] = "other@8"
+    with pytest.raises(UsageError, match="protocols"):
+        table.entries(LAYOUT, mixed, ["wanda"], [0.7])
+
+
+def test_an_ambiguous_entry_is_an_error_and_not_a_guess():
+    with pytest.raises(ValueError, match="no selection rule"):
+        pick(where(cells(), {"allocator": "atp"}), None)
+
+
+def test_conditions_compare_numbers_by_value_and_booleans_by_identity():
+    data = pd.DataFrame({"key": ["a", "b"], "s": [0.1 + 0.2, 0.5], "clip": pd.Series([True, 1], dtype=object)})
+    assert where(data, {"s": 0.3})["key"].tolist() == ["a"]
+    assert where(data, {"clip": True})["key"].tolist() == ["a"]
+    assert where(data, {"nowhere": 1}).empty
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(5.678, "5.68"), (101.26, "101.3"), (2053.8, "2054"), (123456.0, "1.2e+05")]
+)
+def test_numbers_are_printed_as_the_papers_do(value, text):
+    assert table.format_number(value) == text
+
+
+@pytest.mark.parametrize(("value", "limit"), [(50, 0.01), (500, 0.03), (5000, 0.1)])
+def test_tolerance_grows_with_the_perplexity(value, limit):
+    layout = OmegaConf.load(plan.registry.find("table", "reference"))
+    assert compare.tolerance(value, layout) == limit
