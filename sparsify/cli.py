@@ -145,4 +145,6 @@ def expand_model(arguments: list[str]) -> list[str]:
 
 
 def _foreign(value: str) -> bool:
+    if not value or value.startswith("shape/"):
+        return False
     return Path(value).expanduser().is_dir() or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", value))

@@ -111,11 +111,15 @@ def cell_finished(config: DictConfig, record: Mapping[str, Any], path: Path, fre
     took = f"in {duration(sum(record['seconds'].values()))}" if fresh else "already done"
     say(f"  sparsity {record['sparsity']:.4f}, {numbers}, {took}{_eta(config)}")
     for trial in record["trials"]:
-        say("  tried " + ", ".join(f"{name} {value:.4g}" for name, value in trial.items()))
+        say("  tried " + ", ".join(f"{name} {_number(value)}" for name, value in trial.items()))
     if _alone(config):
         if record["sparsity"]:
             out().print(_blocks(record))
         _next_steps(config, path)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _alone(config: DictConfig) -> bool:

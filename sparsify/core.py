@@ -119,7 +119,7 @@ def prune_model(
             recipe.method.apply(
                 view, tokens, recipe.pruner, apply_pattern(plan, view.table, recipe.pattern), batch_size=batch_size
             )
-            return perplexity(view.model, heldout)
+            return perplexity(view.model, heldout, batch_size=batch_size)
         finally:
             view.restore(dense)
 

@@ -3,6 +3,7 @@
 import hashlib
 import random
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ class Windows:
         windows: how many; None for all.
         sampler: `joined` joins the documents by a blank line, tokenises once and cuts full windows in order;
             `document` is the papers': draw documents at random until one is longer than the window, take a random
-            window inside it.
+            window inside it (the only one that the seed has an effect on).
         stride: `joined` keeps every stride-th window...
         offset: ...starting at this one.
     """
@@ -67,7 +68,8 @@ class Windows:
         short = {"wikitext2": "W2"}.get(self.text.name, self.text.name)
         split = "" if self.split == "test" else f"-{self.split}"
         count = "" if self.windows is None else f"x{self.windows}"
-        every = "" if self.stride == 1 else f"/{self.stride}" + (f"+{self.offset}" if self.offset else "")
+        skipped = f"/{self.stride}" + (f"+{self.offset}" if self.offset else "")
+        every = skipped if self.sampler == "joined" and self.stride > 1 else ""
         drawn = "-drawn" if self.sampler == "document" else ""
         return f"{short}{split}@{self.seqlen}{count}{every}{drawn}"
 
@@ -85,7 +87,7 @@ class Windows:
         return TokenWindows(tokens, self._provenance(tokens))
 
     def _joined(self, documents: list[str], tokenizer: Any, seed: int) -> Int[Tensor, "n seq"]:
-        ids = encode(tokenizer, "\n\n".join(documents))
+        ids = encode(tokenizer, "\n\n".join(self._enough(documents)))
         full = ids[: len(ids) // self.seqlen * self.seqlen].view(-1, self.seqlen)
         chosen = full[self.offset :: self.stride][: self.windows]
         if len(chosen) == 0 or (self.windows is not None and len(chosen) < self.windows):
@@ -96,6 +98,16 @@ class Windows:
                 fix="fewer windows, a shorter seqlen or a smaller stride",
             )
         return chosen.clone()
+
+    def _enough(self, documents: list[str]) -> list[str]:
+        """The first documents, 12 characters for every token up to the last window: a shard has far more."""
+        if self.windows is None:
+            return documents
+        wanted = 12 * self.seqlen * (self.offset + self.stride * self.windows)
+        for count, length in enumerate(accumulate(len(text) for text in documents), start=1):
+            if length >= wanted:
+                return documents[:count]
+        return documents
 
     def _drawn(self, documents: list[str], tokenizer: Any, seed: int) -> Int[Tensor, "n seq"]:
         rng = random.Random(seed)

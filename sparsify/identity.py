@@ -30,12 +30,17 @@ SCIENCE = (
 """Config sections that a run's numbers depend on; everything else is how and where it runs."""
 
 
+NUMERICS = 1
+"""Raised whenever loading, sampling, the block walk or its statistics move numbers; components have a `version`."""
+
+
 def science(config: DictConfig) -> dict[str, Any]:
     """The resolved science of a cell, with its texts and local weights by content."""
     tree: dict[str, Any] = {
         key: OmegaConf.to_container(config[key], resolve=True) if OmegaConf.is_config(config[key]) else config[key]
         for key in SCIENCE
     }
+    tree["numerics"] = NUMERICS
     tree["sparsity"] = sparsity_of(config)
     tree["model"] = _model_identity(tree["model"])
     for part in ("calibration", "heldout"):
@@ -73,8 +78,17 @@ def evaluation_keys(config: DictConfig) -> dict[str, str]:
 
 def digest(tree: Any) -> str:
     """16 hexadecimal digits of a JSON-like tree."""
-    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(_canonical(tree), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _canonical(tree: Any) -> Any:
+    """Numbers as floats, so that 5 and 5.0 are one value."""
+    if isinstance(tree, Mapping):
+        return {key: _canonical(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_canonical(value) for value in tree]
+    return float(tree) if isinstance(tree, int) and not isinstance(tree, bool) else tree
 
 
 def _text_identity(node: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:

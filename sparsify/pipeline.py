@@ -19,6 +19,7 @@ from sparsify.errors import RecordError, SparsifyError, UsageError
 from sparsify.evaluation.base import Evaluator
 from sparsify.models import Loaded, pick_device
 from sparsify.records import Store
+from sparsify.stream import default_batch_size
 from sparsify.tracking import Tracker
 
 
@@ -133,9 +134,9 @@ def _work(cell: Cell, store: Store) -> None:
     seconds = {"load": time.perf_counter() - start}
     with console.bar("pruning") as progress, _clock(stand.view.device, seconds, "prune"):
         result = _prune(cell, stand, calibration, progress)
-    record = _new_record(cell, result, calibration, seconds)
+    record = _new_record(cell, stand, result, calibration, seconds)
     old = store.read(cell.key)
-    record["evaluations"] = _still_valid(old, cell)
+    record["evaluations"], record["superseded"] = _carried_over(old, cell)
     store.write(cell.key, record)
     for name, evaluator in cell.evaluators.items():
         if name not in record["evaluations"]:
@@ -163,7 +164,7 @@ def _prune(cell: Cell, stand: Bench, calibration: TokenWindows, progress: Callab
 
 
 def _new_record(
-    cell: Cell, result: PruneResult, calibration: TokenWindows, seconds: dict[str, float]
+    cell: Cell, stand: Bench, result: PruneResult, calibration: TokenWindows, seconds: dict[str, float]
 ) -> dict[str, Any]:
     return {
         "status": "running",
@@ -177,18 +178,24 @@ def _new_record(
         "calibration": calibration.provenance,
         "evaluations": {},
         "seconds": seconds,
-        "execution": provenance.execution(cell.config),
+        "execution": provenance.execution(cell.config)
+        | {
+            "windows_per_forward": cell.config.batch_size
+            or default_batch_size(stand.view.device, calibration.tokens.shape[1]),
+            "model_commit": getattr(stand.loaded.model.config, "_commit_hash", None),
+        },
     }
 
 
-def _still_valid(old: dict[str, Any] | None, cell: Cell) -> dict[str, Any]:
-    """Evaluations of an earlier run of this cell, those of the same key."""
-    wanted = cell.evaluation_keys
-    return {
-        name: item
-        for name, item in (old or {}).get("evaluations", {}).items()
-        if wanted.get(name, item["key"]) == item["key"]
-    }
+def _carried_over(old: dict[str, Any] | None, cell: Cell) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Evaluations of an earlier run of this cell: those still meant by their name, and those of other settings."""
+    valid, superseded = {}, list((old or {}).get("superseded", []))
+    for name, item in (old or {}).get("evaluations", {}).items():
+        if cell.evaluation_keys.get(name, item["key"]) == item["key"]:
+            valid[name] = item
+        else:
+            superseded.append({"name": name, **item})
+    return valid, superseded
 
 
 def _record_failure(cell: Cell, store: Store, error: Exception) -> None:

@@ -114,7 +114,8 @@ class Store:
         finally:
             stop.set()
             beat.join()
-            file.unlink(missing_ok=True)
+            if _read_lease(file) == _me():
+                file.unlink(missing_ok=True)
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -180,6 +181,9 @@ def _sweep_dead(file: Path) -> None:
             os.rename(file, grave)
         except FileNotFoundError:
             return
+        if _read_lease(grave) != lease:  # another taker was quicker, and this is its living lease
+            with suppress(FileExistsError):
+                os.link(grave, file)
         grave.unlink()
 
 
@@ -210,3 +214,5 @@ def _heartbeat(file: Path, stop: threading.Event) -> None:
             os.utime(file)
         except FileNotFoundError:
             return
+        except OSError:
+            continue  # a network file system may recover

@@ -65,15 +65,16 @@ class Accumulator:
         rows = x.reshape(-1, x.shape[-1]).float()
         if self.square is not None:
             norms = torch.linalg.vector_norm(rows.T, dim=1)
-            self.square.mul_(self.seen / total).add_(norms.square() * total.reciprocal())
+            self.square.mul_((self.seen / total).float()).add_(norms.square() * total.float().reciprocal())
         if self.gram is not None:
-            scaled = rows * (2.0 / total).sqrt()
-            self.gram.mul_(self.seen / total).addmm_(scaled.T, scaled)
+            scaled = rows * (2.0 / total).sqrt().float()
+            self.gram.mul_((self.seen / total).float()).add_(scaled.T @ scaled)
         self.seen.copy_(total)
 
     def _start(self, x: Float[Tensor, "*batch inp"]) -> None:
         inputs = x.shape[-1]
-        self.seen = torch.zeros((), device=x.device)
+        # Double, as Python's own numbers in the released code; Apple's devices have none.
+        self.seen = torch.zeros((), device=x.device, dtype=torch.float32 if x.is_mps else torch.float64)
         if "norm" in self.needs:
             self.square = torch.zeros(inputs, device=x.device)
         if "gram" in self.needs:

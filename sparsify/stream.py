@@ -119,7 +119,11 @@ class Walk:
         return (
             self.hidden.is_cuda
             and len(self.batches) >= 8
-            and all(calls[block] is self.calls[0][block] for calls in self.calls[:-1])
+            and all(
+                calls[block] is self.calls[0][block]
+                for calls, where in zip(self.calls, self.batches, strict=True)
+                if where.stop - where.start == self.batches[0].stop
+            )
         )
 
 

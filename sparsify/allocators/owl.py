@@ -20,7 +20,8 @@ class OWL:
     Source: Yin et al., "Outlier Weighed Layerwise Sparsity" (arXiv 2310.05175), Eq. 1-2, by the released code: the
     range of sparsities is exactly 2 lam wide but not centred on S, and blocks at or below zero get 0.01.
 
-    Deviations: an upper clip at 0.99 and the parameter-weighted budget (no effect on decoders of equal blocks).
+    Deviations: an upper clip at 0.99, the parameter-weighted budget (no effect on decoders of equal blocks), and the
+    budget is met again after a block was lifted to 0.01.
 
     Attributes:
         M: a score is an outlier above M times the block's mean.

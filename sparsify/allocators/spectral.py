@@ -117,7 +117,7 @@ def alpha_peak(eigenvalues: Float[Tensor, " n"], bins: int = 100) -> float:
     candidates = eigenvalues[:-1]
     starts = torch.nonzero((candidates >= torch.log10(0.95 * peak)) & (candidates <= 1.5 * peak)).flatten()
     if len(starts) == 0:
-        return alpha_mid(eigenvalues)
+        raise NumericsError("No tail of the spectrum starts near its peak", got=f"peak {float(peak):g}")
     alphas = _hill(eigenvalues, starts)
     return float(alphas[_ks_distances(eigenvalues, starts, alphas).argmin()])
 

@@ -157,17 +157,18 @@ def prune_layer(layer: Layer, stats: LayerStats, pruner: Pruner, target: Target)
     """
     start = time.perf_counter()
     spec, before = layer.spec, layer.weight
-    error, notes = 0.0, {}
+    error, notes, seconds = 0.0, {}, 0.0
     if target.sparsity > 0:
         with _named(spec.name):
             pruned = pruner.prune(before, stats, target)
         if not torch.isfinite(pruned.weight).all():
             raise NumericsError(f"Pruning {spec.name} gave non-finite weights", fix="dtype=float32")
-        error = output_error(before, pruned.weight, stats)
-        notes = pruned.notes
+        dense = before.clone()
         layer.write(pruned.weight.to(before.dtype))
+        seconds = time.perf_counter() - start
+        error = output_error(dense, layer.weight, stats)
+        notes = pruned.notes
     zeros = int((layer.weight == 0).sum())
-    seconds = time.perf_counter() - start
     return LayerResult(
         spec.block, spec.name, target.sparsity, zeros / spec.numel, zeros, spec.numel, error, seconds, notes
     )

@@ -18,6 +18,8 @@ class RIA(ScorePruner):
     Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models"
     (ICLR 2024), Eq. 3-4. Channel permutation for N:M is not part of this pruner.
 
+    Deviations: the number of zeros is exact, and the sums over rows and columns are in fp32.
+
     Attributes:
         a: exponent of the input norm.
         group: `matrix` as released; `row` is the release's `--per_outneuron`.

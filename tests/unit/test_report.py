@@ -109,7 +109,7 @@ def test_numbers_are_printed_as_the_papers_do(value, text):
     assert table.format_number(value) == text
 
 
-@pytest.mark.parametrize(("value", "limit"), [(50, 0.01), (500, 0.03), (5000, 0.1)])
+@pytest.mark.parametrize(("value", "limit"), [(50.0, 0.01), (500.0, 0.03), (5000.0, 0.1)])
 def test_tolerance_grows_with_the_perplexity(value, limit):
     layout = OmegaConf.load(plan.registry.find("table", "reference"))
     assert compare.tolerance(value, layout) == limit
