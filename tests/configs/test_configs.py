@@ -89,11 +89,11 @@ def test_every_launcher_composes_where_its_plugin_is_installed(name):
     assert "Slurm" in config.hydra.launcher._target_
 
 
-@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_expands_to_a_grid_that_composes(name, scale):
-    jobs = plan.grid([f"experiment={name}", f"scale={scale}"])
-    assert len({tuple(job) for job in jobs}) == len(jobs) >= 1
+def test_every_experiment_expands_to_a_grid_that_composes_at_every_scale(name):
+    for scale in SCALES:
+        jobs = jobs_of(f"experiment={name}", f"scale={scale}")
+        assert len({tuple(job) for job in jobs}) == len(jobs) >= 1
     OmegaConf.resolve(compose("config", jobs[-1]))
 
 

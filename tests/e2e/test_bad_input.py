@@ -116,7 +116,7 @@ NOT_HERE = {
     ),
     "no such text": ([*TEXTS, "calibration.text.path={inputs}/none.txt"], ["does not exist", "none.txt", "Fix: give"]),
     "a corpus that is nowhere": (
-        [*TEXTS[0:1], "data@calibration.text=c4"],
+        [*(text for text in TEXTS if "calibration" not in text), "data@calibration.text=c4"],
         ["text c4 (train split) is nowhere", "SPARSIFY_DATA (not set)", "the hub (allenai/c4)", "Fix: make setup"],
     ),
     "a model that is nowhere": ([*TEXTS, "model=nobody/nothing"], ["nobody/nothing could not be loaded", "Fix: check"]),
@@ -124,6 +124,14 @@ NOT_HERE = {
         [*TEXTS, "model={inputs}/nan"],
         ["model.layers.1.mlp.up_proj holds NaN", "Got: 1 of 1536 weights.", "Allowed: finite weights."],
     ),
+}
+
+NOT_YET = {
+    "a preset without -m": (["experiment=atp/beta_curve"], 2, ["-m"]),
+    "results in a file": (["results={inputs}/long.txt"], 1, ["long.txt", "results="]),
+    "a component that is not there": (["logger._target_=sparsify.tracking.Nothing"], 2, ["sparsify.tracking.Nothing"]),
+    "a seed in words": (["seed=abc"], 2, ["Got: abc."]),
+    "a batch size in words": (["batch_size=abc", "sparsity=0.6"], 2, ["Got: abc."]),
 }
 
 
@@ -136,6 +144,12 @@ def test_a_wrong_request_is_one_paragraph(refused, overrides, parts):
 def test_what_cannot_be_used_is_one_paragraph(refused, monkeypatch, inputs, overrides, parts):
     monkeypatch.setenv("SPARSIFY_ASSETS", str(inputs))
     refused(overrides, 1, parts)
+
+
+@pytest.mark.xfail(strict=True, reason="runs, or ends in a traceback or several lines")
+@pytest.mark.parametrize(("overrides", "code", "parts"), NOT_YET.values(), ids=NOT_YET)
+def test_what_is_not_yet_one_paragraph(refused, overrides, code, parts):
+    refused(overrides, code, parts)
 
 
 def test_good_texts_and_weights_are_not_refused(go, records, inputs):
