@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -42,6 +44,7 @@ def launch(arguments: list[str]) -> int:
 def _task(reported: list[Exception]) -> Callable[[DictConfig], Any]:
     def task(config: DictConfig) -> Any:
         try:
+            _refuse_preset(config)
             from sparsify.pipeline import run_cell
 
             return run_cell(config)["key"]
@@ -52,6 +55,18 @@ def _task(reported: list[Exception]) -> Callable[[DictConfig], Any]:
             return None
 
     return task
+
+
+def _refuse_preset(config: DictConfig) -> None:
+    """A preset is a grid: alone it would run one cell that nobody asked for."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.RUN and hydra_config.sweeper.params:
+        name = hydra_config.runtime.choices.get("experiment")
+        raise UsageError(
+            "An experiment is a sweep over many cells",
+            got=f"experiment={name} without -m",
+            fix=f"python -m sparsify -m experiment={name}",
+        )
 
 
 def exit_code(error: Exception) -> int:
@@ -79,6 +94,12 @@ def understand(error: BaseException) -> SparsifyError:
         return _unknown_option(error)
     if isinstance(error, ConfigCompositionException | OverrideParseException | HydraException | OmegaConfBaseException):
         return _unknown_key(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return SparsifyError(
+            "A file or folder cannot be used",
+            got=f"{error.filename}: {error.strerror}",
+            fix="set results=<a folder that can be written>, or look at the path",
+        )
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return SparsifyError(
             "The device ran out of memory",

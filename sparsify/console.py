@@ -88,14 +88,15 @@ def duration(seconds: float) -> str:
 
 def describe(science: Mapping[str, Any]) -> str:
     """A cell in a few words: `smollm2-135m, wanda + atp(beta=0.01), 70%`."""
-    if not science["sparsity"]:
+    if science["sparsity"] == 0:
         return f"{science['model']['name']}, dense"
     allocator = registry.name_of("allocator", science["allocator"])
     beta = science["allocator"].get("beta")
     knob = f"(beta={beta})" if beta is not None else ""
     pattern = "" if science["pattern"] == "unstructured" else f" {science['pattern']}"
     what = f"{registry.name_of('pruner', science['pruner'])} + {allocator}{knob}"
-    return f"{science['model']['name']}, {what}, {float(science['sparsity']):.0%}{pattern}"
+    share = "" if science["sparsity"] is None else f" {float(science['sparsity']):.0%}"
+    return f"{science['model']['name']}, {what},{share}{pattern}"
 
 
 def cell_started(config: DictConfig, key: str) -> None:

@@ -17,7 +17,7 @@ from sparsify.core import PruneResult, Recipe, prune_model
 from sparsify.data import TokenWindows, Windows
 from sparsify.errors import RecordError, SparsifyError, UsageError
 from sparsify.evaluation.base import Evaluator
-from sparsify.models import Loaded, pick_device
+from sparsify.models import Loaded, parse_dtype, pick_device
 from sparsify.records import Store
 from sparsify.stream import default_batch_size
 from sparsify.tracking import Tracker
@@ -47,6 +47,9 @@ class Cell:
         missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
         if missing:
             raise UsageError(f"{missing[0]} must be given", fix=f"{missing[0]}=<value>")
+        _check_whole("seed", config.seed, 0)
+        if config.batch_size is not None:
+            _check_whole("batch_size", config.batch_size, 1)
         recipe = Recipe.of(
             registry.make(config.pruner),
             registry.make(config.allocator),
@@ -57,6 +60,7 @@ class Cell:
         if config.model.get("num_blocks"):
             recipe.allocator.check(recipe.sparsity, config.model.num_blocks)
         pick_device(config.device)
+        parse_dtype(config.dtype)
         return cls(
             key=identity.run_key(config),
             science=identity.science(config),
@@ -68,6 +72,11 @@ class Cell:
             tracker=registry.make(config.logger),
             config=config,
         )
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{name} is a whole number", got=value, allowed=f">= {least}", fix=f"{name}={max(least, 1)}")
 
 
 @dataclass
@@ -200,7 +209,11 @@ def _carried_over(old: dict[str, Any] | None, cell: Cell) -> tuple[dict[str, Any
 
 def _record_failure(cell: Cell, store: Store, error: Exception) -> None:
     """Say in the store what failed, unless that would replace results or the store is what failed."""
-    if isinstance(error, RecordError) or (store.read(cell.key) or {}).get("evaluations"):
+    if isinstance(error, RecordError):
+        return
+    old = store.read(cell.key) or {}
+    if old.get("evaluations"):
+        store.write(cell.key, {**old, "status": "done"})  # complete for what it has; what failed is still missing
         return
     message = error.paragraph() if isinstance(error, SparsifyError) else f"{type(error).__name__}: {error}"
     store.write(

@@ -112,5 +112,5 @@ def make(config: Any) -> Any:
                 raise cause from None
             cause = cause.__cause__
         raise UsageError(
-            f"The config of {config.get('_target_')} does not fit it", got=error.__cause__ or error
+            f"The config of {config.get('_target_')} does not fit it", got=str(error.__cause__ or error)[:400]
         ) from error

@@ -116,7 +116,9 @@ def test_a_file_starts_with_a_command_that_runs(file):
         words = [word for word in command.split() if "=" in word and not word.startswith("table=")]
         assert jobs_of(*cli.expand_model(words))
     for target, _ in makes:
-        assert re.search(rf"^(?:TABLES := .*\b{target}\b|{target}:)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert re.search(
+            rf"^(?:(?:TABLES|CHECKS) := .*\b{target}\b|{target}:)", (ROOT / "Makefile").read_text(), re.MULTILINE
+        )
 
 
 def test_every_pinned_revision_is_a_whole_commit():

@@ -9,6 +9,7 @@ import pytest
 
 from sparsify import sweep
 from sparsify.blocks import BlockView
+from sparsify.errors import NumericsError
 from sparsify.evaluation.perplexity import Perplexity
 
 EXTRA = "+eval.extra={_target_:sparsify.evaluation.perplexity.Perplexity,windows:{_target_:sparsify.data.Windows,"
@@ -81,6 +82,20 @@ def test_an_added_evaluation_runs_alone(go, records, evaluated):
     assert set(values(after)) == {"test", "heldout", "extra"}
     assert before["evaluations"].items() < after["evaluations"].items()
     assert after["status"] == "done"
+
+
+def test_an_added_evaluation_that_fails_leaves_the_others(go, records, monkeypatch):
+    def broken(*_):
+        raise NumericsError("The perplexity is not finite")
+
+    go()
+    before = records()[0.5]["evaluations"]
+    monkeypatch.setattr(Perplexity, "evaluate", broken)
+    run = go(EXTRA)
+    assert (run.code, run.err) == (1, "error: The perplexity is not finite.\n")
+    assert records()[0.5]["evaluations"] == before
+    assert go().code == 0
+    assert (records()[0.5]["evaluations"], records()[0.5]["status"]) == (before, "done")
 
 
 def test_an_evaluation_no_longer_asked_for_is_kept(go, records, files):
