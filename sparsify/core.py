@@ -107,7 +107,7 @@ def prune_model(
         batch_size: windows per forward.
         dense: a snapshot of the dense weights, if there is one already.
         memo: dense-model answers shared between calls with the same model and text.
-        progress: told after each block of the final pruning.
+        progress: told after each block, in a search of every trial.
     """
     view.check_finite()
 
@@ -117,7 +117,12 @@ def prune_model(
         assert heldout is not None
         try:
             recipe.method.apply(
-                view, tokens, recipe.pruner, apply_pattern(plan, view.table, recipe.pattern), batch_size=batch_size
+                view,
+                tokens,
+                recipe.pruner,
+                apply_pattern(plan, view.table, recipe.pattern),
+                batch_size=batch_size,
+                progress=progress,
             )
             return perplexity(view.model, heldout, batch_size=batch_size)
         finally:
