@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsify import console, paths, registry
-from sparsify.errors import SparsifyError, UnexpectedError, UsageError
+from sparsify.errors import HeldError, SparsifyError, UnexpectedError, UsageError
 
 
 def launch(arguments: list[str]) -> int:
@@ -48,6 +48,11 @@ def _task(reported: list[Exception]) -> Callable[[DictConfig], Any]:
             from sparsify.pipeline import run_cell
 
             return run_cell(config)["key"]
+        except HeldError as error:
+            if HydraConfig.get().mode == RunMode.RUN:
+                raise
+            console.say(f"  skipped: {error.paragraph()}")
+            return None
         except Exception as error:
             # Not raised again: the other cells of a sweep go on, and the exit code comes from `reported`.
             report(error)

@@ -73,5 +73,9 @@ class RecordError(SparsifyError):
     """A record cannot be read or written, or another process holds the cell."""
 
 
+class HeldError(RecordError):
+    """Another living process works on the cell; a sweep goes on without it."""
+
+
 class UnexpectedError(SparsifyError):
     """Anything we did not foresee; shown with its traceback."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import psutil
 
-from sparsify.errors import RecordError
+from sparsify.errors import HeldError, RecordError
 
 State = Literal["done", "running", "failed", "missing"]
 SCHEMA = 1
@@ -154,7 +154,7 @@ def _take(file: Path) -> None:
     except FileExistsError:
         lease = _read_lease(file)
         who = f"{lease['host']}:{lease['pid']}" if lease else "another process"
-        raise RecordError(
+        raise HeldError(
             "This cell is being worked on", got=f"held by {who}", fix=f"wait for it, or remove {file} if it is dead"
         ) from None
     except OSError as error:
