@@ -40,7 +40,7 @@ def keep_mask(
     if torch.isnan(scores).any():
         raise NumericsError("Scores cannot be ranked: there is a NaN among them")
     if target.group is not None and target.kept is not None:
-        return _keep_n_of_m(scores, target.kept, target.group)
+        return keep_n_of_m(scores, target.kept, target.group)
     if group == "row":
         return ~_lowest(scores, num_zeros(scores.shape[1], target.sparsity))
     if group == "matrix":
@@ -92,7 +92,8 @@ def slab_counts(rows: int, inputs: int, sparsity: float, columns: int) -> list[t
     return slabs
 
 
-def _keep_n_of_m(scores: Float[Tensor, "out inp"], kept: int, group: int) -> Bool[Tensor, "out inp"]:
+def keep_n_of_m(scores: Float[Tensor, "out inp"], kept: int, group: int) -> Bool[Tensor, "out inp"]:
+    """Keep the `kept` highest of every `group` consecutive scores of a row; the leftmost of equal ones go first."""
     rows, inputs = scores.shape
     if inputs % group:
         raise PatternError("M does not divide the inputs", got=f"M = {group}, inputs = {inputs}")

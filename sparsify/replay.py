@@ -1,41 +1,41 @@
-"""Replaying a block's forward as a CUDA graph: one launch instead of some forty, so that small batches cost nothing."""
+"""Replaying a forward as a CUDA graph: one launch instead of hundreds, so that many small steps cost nothing."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Forward = Callable[[Tensor], Tensor | None]
-
 
 class Replay:
-    """A captured forward; calling it copies the input in and returns the captured output, overwritten by each call.
+    """A captured forward; calling it copies the inputs in and returns the captured output, overwritten by each call.
 
     Args:
-        forward: runs on the device only and reads nothing that changes between calls but its argument; what it
-            writes in place (running sums) is written again by every call.
-        example: an input of the size to be replayed.
+        forward: runs on the device only and reads nothing that changes between calls but its arguments; what it
+            writes in place (running sums, its own arguments' copies) is written again by every call.
+        examples: inputs of the sizes to be replayed.
     """
 
-    def __init__(self, forward: Forward, example: Tensor) -> None:
-        self.input = example.clone()
+    def __init__(self, forward: Callable[..., Any], *examples: Tensor) -> None:
+        self.inputs = [example.clone() for example in examples]
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.output = forward(self.input)
+            self.output = forward(*self.inputs)
 
-    def __call__(self, x: Tensor) -> Tensor | None:
-        self.input.copy_(x)
+    def __call__(self, *inputs: Tensor) -> Any:
+        for static, given in zip(self.inputs, inputs, strict=True):
+            static.copy_(given)
         self.graph.replay()
         return self.output
 
 
-def captured(forward: Forward, example: Tensor) -> Replay | None:
+def captured(forward: Callable[..., Any], *examples: Tensor) -> Replay | None:
     """A replay of `forward`, or None if something in it cannot be captured: then it is called as it is.
 
     Capturing runs nothing, so a failed attempt leaves no trace in running sums.
     """
     try:
-        return Replay(forward, example)
+        return Replay(forward, *examples)
     except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError:

@@ -1,6 +1,7 @@
 """SparseGPT: remove weights column by column and let the later columns make up for it."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -8,8 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparsify.errors import NumericsError, UsageError
-from sparsify.masks import keep_jointly, keep_mask, slab_counts
+from sparsify.masks import keep_jointly, keep_n_of_m, slab_counts
 from sparsify.pruners.base import Pruned
+from sparsify.replay import Replay, captured
 from sparsify.stats import LayerStats
 from sparsify.types import Target
 
@@ -28,7 +30,7 @@ class SparseGPT:
     Attributes:
         damp: fraction of the mean of diag(H) added to the diagonal.
         columns: width of a slab.
-        rule: `exact`, or `released` (one zero more per slab; on CUDA several times slower).
+        rule: `exact`, or `released` (one zero more per slab).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
@@ -108,6 +110,7 @@ def obs_prune(
     work = weight.clone()
     work[:, factor.dead] = 0.0
     keep = (~factor.dead).expand_as(work).clone()
+    walk = eliminate_replayed if work.is_cuda else eliminate
     for start, end, count in slab_counts(work.shape[0], work.shape[1], target.sparsity, columns):
         upper = factor.upper[start:end, start:end]
         slab = work[:, start:end]
@@ -116,11 +119,10 @@ def obs_prune(
                 mask = released_mask(slab, upper, target.sparsity)
             else:
                 mask = keep_jointly((slab / upper.diagonal()).square(), count)
-            at_once = slab.is_cuda and not released
-            errors = eliminate_at_once(slab, upper, mask) if at_once else eliminate(slab, upper, mask)
+            errors = walk(slab, upper, mask)
         else:
             mask = torch.ones_like(slab, dtype=torch.bool)
-            errors = eliminate(slab, upper, mask, target)
+            errors = walk(slab, upper, mask, target)
         keep[:, start:end] &= mask
         work[:, end:] -= errors @ factor.upper[start:end, end:]
     return work, keep
@@ -149,34 +151,40 @@ def eliminate(
     errors = torch.zeros_like(slab)
     diagonal = upper.diagonal()
     for i in range(slab.shape[1]):
-        if target is not None and target.group is not None and i % target.group == 0:
+        if target is not None and target.kept and target.group and i % target.group == 0:
             group = slice(i, i + target.group)
-            mask[:, group] = keep_mask((slab[:, group] / diagonal[group]).square(), target)
+            mask[:, group] = keep_n_of_m((slab[:, group] / diagonal[group]).square(), target.kept, target.group)
         errors[:, i] = slab[:, i].masked_fill(mask[:, i], 0.0) / diagonal[i]
         slab[:, i:].addr_(errors[:, i], upper[i, i:], alpha=-1)
     slab.masked_fill_(~mask, 0.0)
     return errors
 
 
-def eliminate_at_once(
+def eliminate_replayed(
     slab: Float[Tensor, "out cols"],
     upper: Float[Tensor, "cols cols"],
     mask: Bool[Tensor, "out cols"],
-    rows: int = 4096,
+    target: Target | None = None,
 ) -> Float[Tensor, "out cols"]:
-    """The same as `eliminate` for a mask fixed beforehand, without a loop over columns.
-
-    Column i's error e_i makes the updated weight of every removed input zero: w_i = sum over removed k <= i of
-    e_k U_ki. For each row that is a triangular system in its removed inputs, solved for all rows at once, a few
-    thousand rows at a time.
-    """
-    gone = (~mask).to(slab.dtype)
-    errors = torch.empty_like(slab)
-    for part in range(0, len(slab), rows):
-        g = gone[part : part + rows]
-        systems = upper.T * (g[:, :, None] * g[:, None, :]) + torch.diag_embed(1 - g)
-        right = (slab[part : part + rows] * g)[:, :, None]
-        errors[part : part + rows] = torch.linalg.solve_triangular(systems, right, upper=False)[:, :, 0]
-    slab -= errors @ upper
-    slab.masked_fill_(~mask, 0.0)
+    """`eliminate` on a CUDA device, captured once for each shape: its 500 small launches become one."""
+    walk = _captured_walk(slab.shape, slab.device, target and (target.kept, target.group))
+    if walk is None:
+        return eliminate(slab, upper, mask, target)
+    errors, new, chosen = walk(slab, upper, mask)
+    slab.copy_(new)
+    mask.copy_(chosen)
     return errors
+
+
+@lru_cache(maxsize=64)
+def _captured_walk(
+    shape: torch.Size, device: torch.device, levels: tuple[int | None, int | None] | None
+) -> Replay | None:
+    target = None if levels is None else Target(0.0, *levels)
+
+    def walk(slab: Tensor, upper: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return eliminate(slab, upper, mask, target), slab, mask
+
+    columns = shape[1]
+    examples = torch.ones(shape, device=device), torch.eye(columns, device=device)
+    return captured(walk, *examples, torch.ones(shape, dtype=torch.bool, device=device))
