@@ -63,16 +63,29 @@ def run_key(config: DictConfig) -> str:
     return digest(science(config))
 
 
+def evaluations(config: DictConfig) -> dict[str, DictConfig]:
+    """The evaluators of a cell by name; each of `eval.tasks` is one, made from the template `eval.harness`.
+
+    So every task has its own key, is saved when it ends, and an interrupted evaluation goes on where it stopped.
+    """
+    nodes = {str(name): node for name, node in config.eval.items() if OmegaConf.is_dict(node) and name != "harness"}
+    for task in config.eval.get("tasks", None) or ():
+        node = OmegaConf.to_container(config.eval.harness, resolve=True)
+        assert isinstance(node, dict)
+        nodes[str(task)] = OmegaConf.create({**node, "task": str(task)})
+    return nodes
+
+
 def evaluation_keys(config: DictConfig) -> dict[str, str]:
     """A key per evaluation, so that adding one runs only that one."""
     run = science(config)
     keys = {}
-    for name, node in config.eval.items():
+    for name, node in evaluations(config).items():
         tree = OmegaConf.to_container(node, resolve=True)
         assert isinstance(tree, dict)
         if "windows" in tree:
             tree["windows"] = _text_identity(tree["windows"], run["model"])
-        keys[str(name)] = digest({"run": run, "evaluation": tree})
+        keys[name] = digest({"run": run, "evaluation": tree})
     return keys
 
 

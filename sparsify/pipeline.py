@@ -16,7 +16,7 @@ from sparsify.blocks import BlockView
 from sparsify.core import PruneResult, Recipe, prune_model
 from sparsify.data import TokenWindows, Windows
 from sparsify.errors import RecordError, SparsifyError, UsageError
-from sparsify.evaluation.base import Evaluator
+from sparsify.evaluation.base import Evaluator, Subject
 from sparsify.models import Loaded, parse_dtype, pick_device
 from sparsify.records import Store
 from sparsify.stream import default_batch_size
@@ -68,7 +68,7 @@ class Cell:
             recipe=recipe,
             calibration=registry.make(config.calibration),
             heldout=registry.make(config.heldout),
-            evaluators={str(name): registry.make(node) for name, node in config.eval.items()},
+            evaluators={name: registry.make(node) for name, node in identity.evaluations(config).items()},
             tracker=registry.make(config.logger),
             config=config,
         )
@@ -95,6 +95,16 @@ class Bench:
         if name not in self.cuts:
             self.cuts[name] = windows.cut(self.loaded.tokenizer, seed)
         return self.cuts[name]
+
+    def subject(self, config: DictConfig) -> Subject:
+        """The model as it stands, for the evaluators."""
+        return Subject(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            lambda windows: self.cut(windows, config.seed),
+            self.dense,
+            config.batch_size,
+        )
 
     def memo(self, tokens: TokenWindows) -> dict[Any, Any]:
         """Answers about the dense model on this calibration text."""
@@ -147,12 +157,11 @@ def _work(cell: Cell, store: Store) -> None:
     old = store.read(cell.key)
     record["evaluations"], record["superseded"] = _carried_over(old, cell)
     store.write(cell.key, record)
+    subject = stand.subject(config)
     for name, evaluator in cell.evaluators.items():
         if name not in record["evaluations"]:
             with console.status(f"evaluating {name}"), _clock(stand.view.device, seconds, name):
-                measured = evaluator.evaluate(
-                    stand.loaded.model, lambda windows: stand.cut(windows, config.seed), config.batch_size
-                )
+                measured = evaluator.evaluate(subject)
             record["evaluations"][name] = {"key": cell.evaluation_keys[name], **measured}
             store.write(cell.key, record)
     store.write(cell.key, {**record, "status": "done"})

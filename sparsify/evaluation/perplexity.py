@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sparsify.data import Windows, check_tokens
 from sparsify.errors import NumericsError
-from sparsify.evaluation.base import Cut
+from sparsify.evaluation.base import Subject
 
 SLICE = 8192
 """Predicted tokens whose logits are held at once."""
@@ -91,8 +91,8 @@ class Perplexity:
     windows: Windows
     version: int = 1
 
-    def evaluate(self, model: nn.Module, cut: Cut, batch_size: int | None = None) -> dict[str, Any]:
+    def evaluate(self, subject: Subject) -> dict[str, Any]:
         """`perplexity`, its `protocol` and the provenance of the text."""
-        text = cut(self.windows)
-        value = perplexity(model, text.tokens, batch_size=batch_size)
+        text = subject.cut(self.windows)
+        value = perplexity(subject.model, text.tokens, batch_size=subject.batch_size)
         return {"metric": "perplexity", "value": value, "protocol": self.windows.protocol, "text": text.provenance}

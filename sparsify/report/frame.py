@@ -13,7 +13,8 @@ from sparsify.errors import RecordError
 
 Record = Mapping[str, Any]
 
-MEASUREMENT = ("evaluation", "metric", "protocol", "value", "text_sha256")
+REQUIRED = ("key", "evaluation", "metric", "protocol", "value")
+MEASUREMENT = ("evaluation", "metric", "protocol", "value", "text_sha256", "stderr", "n", "curve")
 """Columns of a long row that belong to the evaluation; all others describe the cell."""
 
 
@@ -23,24 +24,27 @@ def long(records: Iterable[Record]) -> pd.DataFrame:
     Columns: `key`, `scale`, `model`, `dtype`, `pattern`, `sparsity` (wanted), `achieved` (counted zeros), `seed`;
     `pruner`, `allocator`, `method` by config name, every parameter as `allocator.beta`; `num_blocks` and
     `block_sparsity` (counted, first to last block, joined by `|`); `seconds.<step>`; where and with what it ran; then
-    `evaluation`, `metric`, `protocol`, `value` and the hash of the tokens.
+    `evaluation`, `metric`, `protocol`, `value`, the hash of the tokens and, where they apply, `stderr`, `n` (documents)
+    and `curve` (values by block, joined by `|`). Further measurements are rows `<evaluation>.<metric>`.
     """
     return pd.DataFrame([row for record in records for row in _rows(record)])
 
 
 def _rows(record: Record) -> list[dict[str, Any]]:
     cell = _cell(record)
-    return [
-        cell
-        | {
-            "evaluation": name,
-            "metric": item["metric"],
-            "protocol": item["protocol"],
-            "value": item["value"],
-            "text_sha256": item.get("text", {}).get("tokens_sha256", "")[:16],
-        }
-        for name, item in record["evaluations"].items()
-    ]
+    rows = []
+    for name, item in record["evaluations"].items():
+        shared = {"protocol": item["protocol"], "text_sha256": item.get("text", {}).get("tokens_sha256", "")[:16]}
+        rows.append(cell | {"evaluation": name} | shared | _measurement(item))
+        for other in item.get("more", ()):
+            rows.append(cell | {"evaluation": f"{name}.{other['metric']}"} | shared | _measurement(other))
+    return rows
+
+
+def _measurement(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Metric and value, and of the optional columns those that the measurement has."""
+    row = {name: item[name] for name in ("metric", "value", "stderr", "n") if name in item}
+    return row | ({"curve": "|".join(f"{x:.6g}" for x in item["curve"])} if "curve" in item else {})
 
 
 def _cell(record: Record) -> dict[str, Any]:
@@ -88,20 +92,26 @@ def read_long(file: Path) -> pd.DataFrame:
         rows = pd.read_csv(file, dtype={"key": str, "block_sparsity": str})
     except (OSError, ValueError) as error:
         raise RecordError("Published rows cannot be read", got=f"{file}: {error}") from error
-    missing = sorted({"key", *MEASUREMENT} - set(rows))
+    missing = sorted({*REQUIRED} - set(rows))
     if missing:
         raise RecordError("Published rows lack columns", got=f"{file}: no {', '.join(missing)}")
     return rows
 
 
 def wide(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per cell: its description, every evaluation's value under its name (`test`) and `test.protocol`."""
+    """One row per cell: its description, every evaluation's value under its name (`test`), and `test.protocol`.
+
+    Where a measurement has them, also `boolq.stderr`, `boolq.n` and `error_growth.relative.curve`.
+    """
     shared = [column for column in rows if column not in MEASUREMENT]
     cells = rows.drop_duplicates("key")[shared].set_index("key", drop=False)
     for name, part in rows.groupby("evaluation"):
         by_key = part.set_index("key")
         cells[str(name)] = by_key["value"]
         cells[f"{name}.protocol"] = by_key["protocol"]
+        for extra in ("stderr", "n", "curve"):
+            if extra in by_key and by_key[extra].notna().any():
+                cells[f"{name}.{extra}"] = by_key[extra]
     return cells.reset_index(drop=True)
 
 

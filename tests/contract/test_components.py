@@ -211,12 +211,14 @@ def test_the_output_error_is_that_of_the_layers_output():
 
 def test_the_perplexity_evaluator_reports_value_protocol_and_text(make_model, tmp_path):
     from sparsify import perplexity
+    from sparsify.evaluation.base import Subject
     from sparsify.evaluation.perplexity import Perplexity
 
     windows = Windows(Corpus("noise", path=str(tmp_path)), "test", 8, 3)
     model, cut = make_model(vocab_size=1000), windows.cut(None, 0)
     asked = []
-    measured = Perplexity(windows).evaluate(model, lambda spec: asked.append(spec) or cut, batch_size=2)
+    subject = Subject(model, None, lambda spec: asked.append(spec) or cut, {}, batch_size=2)
+    measured = Perplexity(windows).evaluate(subject)
     assert asked == [windows]
     assert measured == {
         "metric": "perplexity",

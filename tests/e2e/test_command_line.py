@@ -37,9 +37,9 @@ def evaluated(monkeypatch):
     """Sparsity of the model at each evaluation, as counted in its weights."""
     seen, evaluate = [], Perplexity.evaluate
 
-    def spy(self, model, *rest):
-        seen.append(BlockView(model).sparsity())
-        return evaluate(self, model, *rest)
+    def spy(self, subject):
+        seen.append(BlockView(subject.model).sparsity())
+        return evaluate(self, subject)
 
     monkeypatch.setattr(Perplexity, "evaluate", spy)
     return seen

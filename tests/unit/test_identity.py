@@ -180,3 +180,17 @@ def test_a_pattern_that_fixes_the_sparsity_needs_none(cell):
 @pytest.mark.parametrize("change", ["model.num_blocks=null", "model.package=other-package"])
 def test_descriptive_keys_of_a_model_are_not_identity(cell, change):
     assert identity.run_key(cell(change)) == identity.run_key(cell())
+
+
+def test_every_task_is_an_evaluation_of_its_own(cell):
+    config = cell()
+    OmegaConf.set_struct(config, False)
+    config.eval.tasks, config.eval.limit = ["boolq", "piqa"], 20
+    config.eval.harness = {"_target_": "somewhere.Harness", "task": None, "limit": "${eval.limit}"}
+    found = identity.evaluations(config)
+    assert list(found) == ["test", "heldout", "boolq", "piqa"]
+    assert found["piqa"] == {"_target_": "somewhere.Harness", "task": "piqa", "limit": 20}
+    keys = identity.evaluation_keys(config)
+    config.eval.limit = None
+    changed = {name for name, key in identity.evaluation_keys(config).items() if key != keys[name]}
+    assert changed == {"boolq", "piqa"}

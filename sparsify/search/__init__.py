@@ -1,0 +1,1 @@
+"""Searches over sparsity profiles: propose, measure, keep the budget."""
