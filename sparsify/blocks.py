@@ -25,8 +25,11 @@ class Layer:
     @property
     def weight(self) -> Float[Tensor, "out inp"]:
         """The weight as [out, inp], a view: GPT-2's Conv1D stores it transposed."""
-        weight: Tensor = self.module.weight.data
-        return weight.T if isinstance(self.module, Conv1D) else weight
+        return self.oriented(self.module.weight.data)
+
+    def oriented(self, tensor: Tensor) -> Float[Tensor, "out inp"]:
+        """A tensor that lies as the module's parameter does (its gradient, say), as [out, inp]."""
+        return tensor.T if isinstance(self.module, Conv1D) else tensor
 
     def write(self, weight: Float[Tensor, "out inp"]) -> None:
         """Overwrite the weight in place; dtype, device and storage stay."""

@@ -86,13 +86,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+KNOBS = ("beta", "fraction", "space", "algorithm")
+"""Allocator parameters that tell the cells of a sweep apart."""
+
+
 def describe(science: Mapping[str, Any]) -> str:
     """A cell in a few words: `smollm2-135m, wanda + atp(beta=0.01), 70%`."""
     if science["sparsity"] == 0:
         return f"{science['model']['name']}, dense"
     allocator = registry.name_of("allocator", science["allocator"])
-    beta = science["allocator"].get("beta")
-    knob = f"(beta={beta})" if beta is not None else ""
+    knobs = [f"{k}={science['allocator'][k]}" for k in KNOBS if science["allocator"].get(k) is not None]
+    knob = f"({', '.join(knobs)})" if knobs else ""
     pattern = "" if science["pattern"] == "unstructured" else f" {science['pattern']}"
     what = f"{registry.name_of('pruner', science['pruner'])} + {allocator}{knob}"
     share = "" if science["sparsity"] is None else f" {float(science['sparsity']):.0%}"
@@ -106,10 +110,8 @@ def cell_started(config: DictConfig, key: str) -> None:
 
 def cell_finished(config: DictConfig, record: Mapping[str, Any], path: Path, fresh: bool) -> None:
     """A line in a sweep; a table and what to try next after a single cell."""
-    numbers = ", ".join(
-        f"{name} perplexity {item['value']:.4g} ({item['protocol']})" for name, item in record["evaluations"].items()
-    )
     took = f"in {duration(sum(record['seconds'].values()))}" if fresh else "already done"
+    numbers = ", ".join(_summary(record["evaluations"]))
     say(f"  sparsity {record['sparsity']:.4f}, {numbers}, {took}{_eta(config)}")
     for trial in record["trials"]:
         say("  tried " + ", ".join(f"{name} {_number(value)}" for name, value in trial.items()))
@@ -117,6 +119,19 @@ def cell_finished(config: DictConfig, record: Mapping[str, Any], path: Path, fre
         if record["sparsity"]:
             out().print(_blocks(record))
         _next_steps(config, path)
+
+
+def _summary(evaluations: Mapping[str, Any]) -> Iterator[str]:
+    """`test perplexity 24.5 (sotu@512)`, and the mean over the tasks of each number of documents."""
+    tasks: dict[int | None, list[float]] = {}
+    for name, item in evaluations.items():
+        if "task" in item:
+            tasks.setdefault(item["limit"], []).append(item["value"])
+        else:
+            yield f"{name} {item['metric'].replace('_', ' ')} {item['value']:.4g} ({item['protocol']})"
+    for limit, values in tasks.items():
+        counted = f"{len(values)} task{'s' * (len(values) > 1)}" + (f", first {limit} of each" if limit else "")
+        yield f"accuracy {sum(values) / len(values):.2%} ({counted})"
 
 
 def _number(value: float | None) -> str:

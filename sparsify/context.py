@@ -1,19 +1,26 @@
 """What an allocator may ask about the dense model, answered lazily and remembered."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsify.blocks import BlockView
+from sparsify.budget import apply_pattern
 from sparsify.errors import UsageError
+from sparsify.pruners.base import Pruner
+from sparsify.screen import Screen
 from sparsify.stats import LayerStats
 from sparsify.stream import Walk
-from sparsify.types import SparsityPlan
+from sparsify.types import Pattern, SparsityPlan
 
 Objective = Callable[[SparsityPlan], float]
+Progress = Callable[[int, int], None]
+"""Called with (trials done, trials in all)."""
 
 
 @dataclass
@@ -26,6 +33,11 @@ class DenseContext:
         batch_size: windows per forward.
         try_plan: held-out perplexity after pruning by a plan, leaving the model dense again.
         memo: answers so far; pass the same dict again for the same model and text.
+        pruner: prunes the blocks of `input_norms`.
+        pattern: that trial plans are rounded to.
+        heldout: token ids that searches score on, [m, seqlen].
+        seed: of searches that draw.
+        progress: told of every trial of a search.
     """
 
     view: BlockView
@@ -33,6 +45,11 @@ class DenseContext:
     batch_size: int | None = None
     try_plan: Objective | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
+    pruner: Pruner | None = None
+    pattern: Pattern = field(default_factory=Pattern)
+    heldout: Int[Tensor, "m seq"] | None = None
+    seed: int = 0
+    progress: Progress = lambda done, total: None
 
     def weights(self) -> Mapping[str, Tensor]:
         return {layer.spec.name: layer.weight for layer in self.view.layers}
@@ -47,18 +64,67 @@ class DenseContext:
         Raises:
             UsageError: there is no held-out text.
         """
-        if self.try_plan is None:
-            raise UsageError("This allocator searches on held-out text", fix="pass heldout=<tokens> to sparsify.prune")
+        self.heldout_tokens(None)
+        assert self.try_plan is not None
         return self.try_plan(plan)
+
+    def heldout_tokens(self, windows: int | None) -> Int[Tensor, "m seq"]:
+        """The first held-out windows, or all of them.
+
+        Raises:
+            UsageError: there is no held-out text.
+        """
+        if self.heldout is None:
+            raise UsageError("This allocator searches on held-out text", fix="pass heldout=<tokens> to sparsify.prune")
+        return self.heldout[:windows]
+
+    def screen(self, windows: int | None) -> AbstractContextManager[Screen]:
+        """A screen on the first calibration windows; the model is dense again when it closes."""
+        return Screen(self.view, self.view.snapshot(), self.tokens[:windows]).closing()
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
 
-    def _collect(self, needs: frozenset[str]) -> dict[str, LayerStats]:
+    def dense_blocks(self, needs: frozenset[str]) -> Iterator[Mapping[str, LayerStats]]:
         walk = Walk(self.view, self.tokens, self.batch_size)
-        stats: dict[str, LayerStats] = {}
         for block in range(len(self.view.blocks)):
-            stats.update(walk.observe(block, needs, advance=True))
-        return stats
+            yield walk.observe(block, needs, advance=True)
+
+    def hidden_states(self, windows: int) -> Iterator[Float[Tensor, "n seq dim"]]:
+        """What enters each block; overwritten in place when the next one is asked for."""
+        walk = Walk(self.view, self.tokens[:windows], self.batch_size)
+        for block in range(len(self.view.blocks)):
+            yield walk.hidden
+            walk.advance(block)
+
+    @torch.no_grad()
+    def input_norms(
+        self, plan: SparsityPlan, windows: int
+    ) -> Iterator[tuple[Float[Tensor, " inp"], Float[Tensor, " inp"]]]:
+        """One walk; each block is pruned as in the propagated regime, observed again, and put back.
+
+        Raises:
+            UsageError: this context has no pruner.
+        """
+        if self.pruner is None:
+            raise UsageError("This allocator prunes on trial, and the context has no pruner", fix="use sparsify.prune")
+        targets = apply_pattern(plan, self.view.table, self.pattern).targets
+        walk = Walk(self.view, self.tokens[:windows], self.batch_size)
+        for block in range(len(self.view.blocks)):
+            layers = self.view.layers_of(block)
+            before = walk.observe(block, self.pruner.needs | {"norm"})
+            dense = [layer.weight.clone() for layer in layers]
+            try:
+                for layer in layers:
+                    pruned = self.pruner.prune(layer.weight, before[layer.spec.name], targets[layer.spec.name])
+                    layer.write(pruned.weight)
+                after = walk.observe(block, frozenset({"norm"}), advance=True)
+            finally:
+                for layer, weight in zip(layers, dense, strict=True):
+                    layer.write(weight)
+            yield from ((before[x.spec.name].norm, after[x.spec.name].norm) for x in layers)
+
+    def _collect(self, needs: frozenset[str]) -> dict[str, LayerStats]:
+        return {name: stats for block in self.dense_blocks(needs) for name, stats in block.items()}

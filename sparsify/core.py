@@ -95,6 +95,7 @@ def prune_model(
     batch_size: int | None = None,
     dense: Mapping[str, Tensor] | None = None,
     memo: dict[Any, Any] | None = None,
+    seed: int = 0,
     progress: Progress = silent,
 ) -> PruneResult:
     """Allocate and prune in place.
@@ -107,6 +108,7 @@ def prune_model(
         batch_size: windows per forward.
         dense: a snapshot of the dense weights, if there is one already.
         memo: dense-model answers shared between calls with the same model and text.
+        seed: of allocators that draw.
         progress: told after each block, in a search of every trial.
     """
     view.check_finite()
@@ -129,7 +131,16 @@ def prune_model(
             view.restore(dense)
 
     context = DenseContext(
-        view, tokens, batch_size, try_plan if heldout is not None else None, {} if memo is None else memo
+        view,
+        tokens,
+        batch_size,
+        try_plan if heldout is not None else None,
+        {} if memo is None else memo,
+        recipe.pruner,
+        recipe.pattern,
+        heldout,
+        seed,
+        progress,
     )
     plan = recipe.plan(context)
     layers = recipe.method.apply(view, tokens, recipe.pruner, plan, batch_size=batch_size, progress=progress)

@@ -33,12 +33,14 @@ class Corpus:
         splits: split -> glob patterns below SPARSIFY_DATA or assets.
         hub: where the hub has it.
         path: a file or glob of the user's own; replaces the search and serves every split.
+        columns: of a row of JSON or Parquet that make a document, joined by line breaks; empty ones are left out.
     """
 
     name: str
     splits: Mapping[str, list[str]] = field(default_factory=dict)
     hub: HubFiles | None = None
     path: str | None = None
+    columns: tuple[str, ...] | list[str] = ("text",)
 
     def texts(self, split: str) -> list[str]:
         """All documents of a split, in order.
@@ -46,7 +48,7 @@ class Corpus:
         Raises:
             DataError: the split is nowhere, or holds no text.
         """
-        documents = [text for file in self._files(split) for text in _read(file)]
+        documents = [text for file in self._files(split) for text in _read(file, list(self.columns))]
         if not any(text.strip() for text in documents):
             raise DataError(f"The {split} split of {self.name} is empty", got=f"{len(documents)} documents")
         return documents
@@ -124,21 +126,25 @@ def _hash_files(files: tuple[Path, ...]) -> str:
     return digest.hexdigest()
 
 
-def _read(file: Path) -> Iterator[str]:
+def _read(file: Path, columns: list[str]) -> Iterator[str]:
     """Documents of one file, by its ending."""
     name = file.name.removesuffix(".gz")
     if name.endswith((".jsonl", ".json")):
         opener: Any = gzip.open if file.suffix == ".gz" else open
         with opener(file, "rt", encoding="utf8") as lines:
-            yield from (json.loads(line)["text"] for line in lines)
+            yield from (_document(json.loads(line), columns) for line in lines)
     elif name.endswith(".parquet"):
         import pyarrow.parquet as pq
 
-        yield from pq.read_table(file, columns=["text"])["text"].to_pylist()
+        yield from (_document(row, columns) for row in pq.read_table(file, columns=columns).to_pylist())
     elif name.endswith(".raw"):
         yield from _wikitext_rows(file)
     else:
         yield file.read_text(encoding="utf8")
+
+
+def _document(row: Mapping[str, Any], columns: list[str]) -> str:
+    return "\n".join(row[column] for column in columns if row[column] or len(columns) == 1)
 
 
 def _wikitext_rows(file: Path) -> Iterator[str]:

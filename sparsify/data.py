@@ -13,7 +13,9 @@ from torch import Tensor
 from sparsify.corpora import Corpus
 from sparsify.errors import DataError, UsageError
 
-SAMPLERS = ("joined", "document")
+SAMPLERS = ("joined", "document", "random")
+POOL = 24_000_000
+"""Characters of text that `random` draws from: some 5 million tokens."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,17 @@ class Windows:
         windows: how many; None for all.
         sampler: `joined` joins the documents by a blank line, tokenises once and cuts full windows in order;
             `document` is the papers': draw documents at random until one is longer than the window, take a random
-            window inside it (the only one that the seed has an effect on).
-        stride: `joined` keeps every stride-th window...
-        offset: ...starting at this one.
+            window inside it; `random` is GPTQ's: a window at a random place of the joined text. The seed has no effect
+            on `joined`.
+        stride: `joined` keeps every stride-th window; `random` draws from one of this many equal parts of the text...
+        offset: ...starting at this one; this part.
     """
 
     text: Corpus
     split: str
     seqlen: int
     windows: int | None = None
-    sampler: Literal["joined", "document"] = "joined"
+    sampler: Literal["joined", "document", "random"] = "joined"
     stride: int = 1
     offset: int = 0
 
@@ -55,22 +58,24 @@ class Windows:
                 got=f"stride={self.stride}, offset={self.offset}",
                 allowed="stride >= 1, 0 <= offset < stride",
             )
-        if self.sampler == "document" and self.windows is None:
-            raise UsageError("The document sampler draws a number of windows", got="windows=null", fix="windows=128")
+        if self.sampler != "joined" and self.windows is None:
+            raise UsageError(
+                f"The {self.sampler} sampler draws a number of windows", got="windows=null", fix="windows=128"
+            )
 
     @property
     def protocol(self) -> str:
         """Tag that goes with every number measured on these windows.
 
         `W2@2048` is every window of 2,048 tokens, `sotu@512x16/32` sixteen of 512, one in 32; `-drawn` marks the
-        document sampler.
+        document sampler, `-random` windows at random places.
         """
         short = {"wikitext2": "W2"}.get(self.text.name, self.text.name)
         split = "" if self.split == "test" else f"-{self.split}"
         count = "" if self.windows is None else f"x{self.windows}"
         skipped = f"/{self.stride}" + (f"+{self.offset}" if self.offset else "")
-        every = skipped if self.sampler == "joined" and self.stride > 1 else ""
-        drawn = "-drawn" if self.sampler == "document" else ""
+        every = skipped if self.sampler != "document" and self.stride > 1 else ""
+        drawn = {"joined": "", "document": "-drawn", "random": "-random"}[self.sampler]
         return f"{short}{split}@{self.seqlen}{count}{every}{drawn}"
 
     def cut(self, tokenizer: Any, seed: int) -> "TokenWindows":
@@ -82,12 +87,13 @@ class Windows:
         if tokenizer is None:
             return self._noise(seed)
         documents = self.text.texts(self.split)
-        draw = self._joined if self.sampler == "joined" else self._drawn
+        draw = {"joined": self._joined, "document": self._drawn, "random": self._placed}[self.sampler]
         tokens = draw(documents, tokenizer, seed)
         return TokenWindows(tokens, self._provenance(tokens))
 
     def _joined(self, documents: list[str], tokenizer: Any, seed: int) -> Int[Tensor, "n seq"]:
-        ids = encode(tokenizer, "\n\n".join(self._enough(documents)))
+        enough = None if self.windows is None else 12 * self.seqlen * (self.offset + self.stride * self.windows)
+        ids = encode(tokenizer, "\n\n".join(_first(documents, enough)))
         full = ids[: len(ids) // self.seqlen * self.seqlen].view(-1, self.seqlen)
         chosen = full[self.offset :: self.stride][: self.windows]
         if len(chosen) == 0 or (self.windows is not None and len(chosen) < self.windows):
@@ -99,15 +105,20 @@ class Windows:
             )
         return chosen.clone()
 
-    def _enough(self, documents: list[str]) -> list[str]:
-        """The first documents, 12 characters for every token up to the last window: a shard has far more."""
-        if self.windows is None:
-            return documents
-        wanted = 12 * self.seqlen * (self.offset + self.stride * self.windows)
-        for count, length in enumerate(accumulate(len(text) for text in documents), start=1):
-            if length >= wanted:
-                return documents[:count]
-        return documents
+    def _placed(self, documents: list[str], tokenizer: Any, seed: int) -> Int[Tensor, "n seq"]:
+        ids = encode(tokenizer, "\n\n".join(_first(documents, POOL)))  # the same text for every part
+        part = ids.tensor_split(self.stride)[self.offset]
+        if len(part) < self.seqlen:
+            raise DataError(
+                f"The text {self.text.name} ({self.split} split) is too short",
+                got=f"{len(part)} tokens in part {self.offset} of {self.stride}",
+                allowed=f"at least {self.seqlen}",
+                fix="a shorter seqlen or a smaller stride",
+            )
+        assert self.windows is not None  # __post_init__ refuses None for this sampler
+        rng = random.Random(seed)
+        starts = [rng.randint(0, len(part) - self.seqlen) for _ in range(self.windows)]
+        return torch.stack([part[start : start + self.seqlen] for start in starts])
 
     def _drawn(self, documents: list[str], tokenizer: Any, seed: int) -> Int[Tensor, "n seq"]:
         rng = random.Random(seed)
@@ -141,6 +152,16 @@ class Windows:
             "seqlen": self.seqlen,
             "tokens_sha256": hash_tokens(tokens),
         }
+
+
+def _first(documents: list[str], characters: int | None) -> list[str]:
+    """The first documents that hold this many characters, 12 for every token needed: a shard has far more."""
+    if characters is None:
+        return documents
+    for count, length in enumerate(accumulate(len(text) for text in documents), start=1):
+        if length >= characters:
+            return documents[:count]
+    return documents
 
 
 @dataclass(frozen=True)

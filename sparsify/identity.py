@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sparsify import paths, registry
+from sparsify import benchmarks, paths, registry
 from sparsify.types import Pattern, check_sparsity
 
 SCIENCE = (
@@ -85,6 +85,8 @@ def evaluation_keys(config: DictConfig) -> dict[str, str]:
         assert isinstance(tree, dict)
         if "windows" in tree:
             tree["windows"] = _text_identity(tree["windows"], run["model"])
+        if "task" in tree:
+            tree["rows"] = benchmarks.fingerprint(tree["task"])
         keys[name] = digest({"run": run, "evaluation": tree})
     return keys
 
@@ -126,7 +128,7 @@ def _fingerprint(corpus: str, split: str, data: str, assets: str) -> dict[str, s
 
 def _model_identity(node: dict[str, Any]) -> dict[str, Any]:
     """The model config; a local folder is named by a hash of its files instead of by its path."""
-    node = {key: value for key, value in node.items() if key not in ("num_blocks", "gated", "package")}
+    node = {key: value for key, value in node.items() if key not in ("num_blocks", "gated", "package", "published")}
     folder = Path(str(node.get("id", "")))
     if node.get("id") and folder.is_dir():
         return {**node, "id": folder.name, "revision": _folder_hash(folder.resolve())}

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +83,8 @@ class HubModel:
         id: hub id (`org/name`) or folder.
         revision: pinned commit; ignored for folders.
         gated: whether the hub asks for an accepted licence and a token.
+        published: hyper-parameters that papers give for this model, by allocator; the YAMLs of allocators take theirs
+            from here (`registry.published`).
     """
 
     name: str
@@ -90,6 +92,7 @@ class HubModel:
     revision: str | None = None
     num_blocks: int | None = None
     gated: bool = False
+    published: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def load(self, dtype: str, device: str) -> Loaded:
         """Load weights in `dtype` straight to `device`.

@@ -157,14 +157,42 @@ def _work(cell: Cell, store: Store) -> None:
     old = store.read(cell.key)
     record["evaluations"], record["superseded"] = _carried_over(old, cell)
     store.write(cell.key, record)
-    subject = stand.subject(config)
-    for name, evaluator in cell.evaluators.items():
-        if name not in record["evaluations"]:
-            with console.status(f"evaluating {name}"), _clock(stand.view.device, seconds, name):
-                measured = evaluator.evaluate(subject)
-            record["evaluations"][name] = {"key": cell.evaluation_keys[name], **measured}
-            store.write(cell.key, record)
+    failed = _evaluate(cell, stand, store, record)
+    if failed:
+        raise _one_error(failed)
     store.write(cell.key, {**record, "status": "done"})
+
+
+def _evaluate(cell: Cell, stand: Bench, store: Store, record: dict[str, Any]) -> dict[str, Exception]:
+    """Add what the record does not have yet, writing it after each; one that fails does not stop the others."""
+    subject, failed = stand.subject(cell.config), {}
+    for name, evaluator in cell.evaluators.items():
+        if name in record["evaluations"]:
+            continue
+        try:
+            with console.status(f"evaluating {name}"), _clock(stand.view.device, record["seconds"], name):
+                measured = evaluator.evaluate(subject)
+        except Exception as error:
+            failed[name] = error
+            continue
+        record["evaluations"][name] = {"key": cell.evaluation_keys[name], **measured}
+        store.write(cell.key, record)
+    return failed
+
+
+def _one_error(failed: dict[str, Exception]) -> Exception:
+    """The error of a cell whose evaluations failed: what they all say, or a summary."""
+    first = next(iter(failed.values()))
+    said = {name: f"{type(error).__name__}: {' '.join(str(error).split())}" for name, error in failed.items()}
+    if len(set(said.values())) == 1:
+        return first
+    summary = SparsifyError(
+        f"{len(failed)} evaluations failed",
+        got="; ".join(f"{name}: {text}" for name, text in said.items()),
+        fix="the same command again, once these are repaired: what has been measured is kept",
+    )
+    summary.__cause__ = first
+    return summary
 
 
 def _prune(cell: Cell, stand: Bench, calibration: TokenWindows, progress: Callable[[int, int], None]) -> PruneResult:
@@ -177,6 +205,7 @@ def _prune(cell: Cell, stand: Bench, calibration: TokenWindows, progress: Callab
         batch_size=cell.config.batch_size,
         dense=stand.dense,
         memo=stand.memo(calibration),
+        seed=cell.config.seed,
         progress=progress,
     )
 

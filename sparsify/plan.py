@@ -64,7 +64,9 @@ def split_table(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def parts_of(table: str | None, overrides: list[str]) -> list[Part]:
     """The sweeps of a table, or the one sweep that the overrides describe."""
-    sweeps = [list(p) for p in table_config(table).parts] if table else [[]]
+    # Unresolved: an interpolation in a part is Hydra's to resolve, in the cell's config.
+    sweeps = OmegaConf.to_container(table_config(table).parts, resolve=False) if table else [[]]
+    assert isinstance(sweeps, list)
     return [Part([*sweep, *overrides], cells_of([*sweep, *overrides])) for sweep in sweeps]
 
 

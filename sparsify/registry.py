@@ -96,6 +96,20 @@ def build(group: str, spec: Spec) -> Any:
     return make(OmegaConf.merge(config, dict(options)))
 
 
+def published(path: str, default: Any, *, _root_: DictConfig) -> Any:
+    """What papers use for the model at hand, `allocator.parameter` under its `published`, else the default.
+
+    A value may be given by pruner. Where an allocator's YAML stands alone (in the library) there is no model.
+    """
+    value = OmegaConf.select(_root_, f"model.published.{path}")
+    if isinstance(value, DictConfig):
+        value = value.get(name_of("pruner", _root_.pruner))
+    return default if value is None else value
+
+
+OmegaConf.register_new_resolver("published", published, replace=True)
+
+
 def make(config: Any) -> Any:
     """Instantiate a config node, letting our own errors through as they are.
 

@@ -71,6 +71,30 @@ class Arithmetic:
         return SparsityPlan(plan.targets, plan.ledger, tuple(trials), {"beta": beta})
 
 
+@dataclass(frozen=True)
+class RelativeProgression:
+    """An arithmetic progression whose beta is a fraction of its legal maximum: comparable across depths and budgets.
+
+    Attributes:
+        fraction: of the legal maximum, in [-1, 1].
+    """
+
+    fraction: float = 0.5
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.fraction <= 1:
+            raise UsageError("fraction is a part of the legal maximum of beta", got=self.fraction, allowed="[-1, 1]")
+
+    def check(self, wanted: float, num_blocks: int) -> None:
+        """Every fraction is legal."""
+
+    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
+        beta = self.fraction * legal_maximum(wanted, layers.num_blocks) if layers.num_blocks > 1 else 0.0
+        plan = Arithmetic(beta).allocate(layers, wanted, context)
+        return SparsityPlan(plan.targets, plan.ledger, notes={"beta": beta})
+
+
 def _finite_or_none(context: Context, plan: SparsityPlan) -> float | None:
     """The objective, or None for a plan that breaks the model: a trial may fail without ending the search."""
     try:

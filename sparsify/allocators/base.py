@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from sparsify.budget import fit_plan
 from sparsify.types import LayerTable, SparsityPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
+    from sparsify.screen import Screen
     from sparsify.stats import LayerStats
 
 
@@ -24,8 +27,31 @@ class Context(Protocol):
     def dense_stats(self, needs: frozenset[str]) -> Mapping[str, LayerStats]:
         """Input statistics of the unpruned model by layer name."""
 
+    def dense_blocks(self, needs: frozenset[str]) -> Iterator[Mapping[str, LayerStats]]:
+        """The same, block by block and not remembered: for statistics too large to keep for a whole model."""
+
+    def hidden_states(self, windows: int) -> Iterator[Tensor]:
+        """What enters each block of the unpruned model, [windows, seq, dim], for the first calibration windows."""
+
+    def input_norms(self, plan: SparsityPlan, windows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """||X_j|| of every layer's input before and after its block is pruned by `plan`, all earlier blocks pruned."""
+
     def objective(self, plan: SparsityPlan) -> float:
         """Perplexity on held-out calibration text after pruning by `plan`; the weights are put back."""
+
+    def heldout_tokens(self, windows: int | None) -> Tensor:
+        """Token ids of the first held-out windows (all for None), [m, seqlen]; an error if there is no such text."""
+
+    def screen(self, windows: int | None) -> AbstractContextManager[Screen]:
+        """A screen of the model on the first calibration windows; the weights are put back when it closes."""
+
+    @property
+    def seed(self) -> int:
+        """For searches that draw."""
+
+    @property
+    def progress(self) -> Callable[[int, int], None]:
+        """To be told (trials done, trials in all)."""
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """`make()`, computed once per dense model and remembered across cells."""
@@ -64,3 +90,15 @@ def outlier_mapping(signal: list[float], width: float, wanted: float) -> list[fl
     keep = [(value - low) / span * width for value in signal]
     mean = sum(keep) / len(keep)
     return [1.0 - (value - mean + 1.0 - wanted) for value in keep]
+
+
+def outlier_plan(
+    layers: LayerTable, signal: list[float], width: float, wanted: float, notes: Mapping[str, Any]
+) -> SparsityPlan:
+    """A plan by `outlier_mapping`; as released, blocks at or below zero get 0.01, but the budget is met again after.
+
+    A larger signal means less pruning.
+    """
+    by_block = [s if s > 0 else 0.01 for s in outlier_mapping(signal, width, wanted)]
+    plan = fit_plan(layers, layers.spread(by_block), wanted, low=min(0.01, wanted))
+    return SparsityPlan(plan.targets, plan.ledger, notes=notes)

@@ -1,15 +1,16 @@
 """OWL: blocks with more outlier scores are pruned less."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsify.allocators.base import Context, outlier_mapping
+from sparsify.allocators.base import Context, outlier_plan
+from sparsify.allocators.scores import mean_of, wanda_by_block
 from sparsify.budget import fit_plan
 from sparsify.errors import UsageError
-from sparsify.pruners.wanda import wanda_scores
 from sparsify.types import LayerTable, SparsityPlan
 
 
@@ -46,29 +47,14 @@ class OWL:
     def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
         if wanted == 0:
             return fit_plan(layers, {layer.name: 0.0 for layer in layers}, 0.0)
-        ratios = context.once(("owl", self.M), lambda: self._outlier_ratios(layers, context))
-        by_block = [s if s > 0 else 0.01 for s in outlier_mapping(ratios, 2 * self.lam, wanted)]
-        plan = fit_plan(layers, layers.spread(by_block), wanted, low=min(0.01, wanted))
-        return SparsityPlan(plan.targets, plan.ledger, notes={"outlier_percent": ratios})
-
-    def _outlier_ratios(self, layers: LayerTable, context: Context) -> list[float]:
-        weights, stats = context.weights(), context.dense_stats(frozenset({"norm"}))
-        blocks: dict[int, list[Tensor]] = {}
-        for layer in layers:
-            scores = wanda_scores(weights[layer.name], stats[layer.name].norm)
-            blocks.setdefault(layer.block, []).append(scores)
-            if layer.name == _last_of(layers, layer.block):
-                blocks[layer.block] = [outlier_percent(blocks[layer.block], self.M)]
-        return torch.stack([blocks[i][0] for i in sorted(blocks)]).tolist()
-
-
-def _last_of(layers: LayerTable, block: int) -> str:
-    return next(layer.name for layer in reversed(layers.layers) if layer.block == block)
+        ratios = context.once(
+            ("owl", self.M), lambda: wanda_by_block(layers, context, partial(outlier_percent, multiple=self.M))
+        )
+        return outlier_plan(layers, ratios, 2 * self.lam, wanted, {"outlier_percent": ratios})
 
 
 def outlier_percent(scores: list[Float[Tensor, "_ _"]], multiple: float) -> Float[Tensor, ""]:
     """Percent of all scores of a block that exceed `multiple` times their common mean."""
-    count = sum(s.numel() for s in scores)
-    mean = torch.stack([s.sum(dtype=torch.float64) for s in scores]).sum() / count
-    above = torch.stack([(s > multiple * mean).sum() for s in scores]).sum()
-    return 100.0 * above / count
+    threshold = multiple * mean_of(scores)
+    above = torch.stack([(s > threshold).sum() for s in scores]).sum()
+    return 100.0 * above / sum(s.numel() for s in scores)

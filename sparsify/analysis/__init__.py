@@ -1,1 +1,1 @@
-"""Curves of a model as arrays: error growth."""
+"""Curves of a model as arrays: how pruning errors grow over depth, and what two neighbouring blocks do when swapped."""

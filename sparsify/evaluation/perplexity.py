@@ -5,25 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparsify.data import Windows, check_tokens
 from sparsify.errors import NumericsError
 from sparsify.evaluation.base import Subject
-
-SLICE = 8192
-"""Predicted tokens whose logits are held at once."""
+from sparsify.loss import batch_size_for, summed_loss
 
 
 @torch.no_grad()
 def perplexity(model: nn.Module, tokens: Int[Tensor, "n seq"], *, batch_size: int | None = None) -> float:
     """Exp of the mean cross-entropy (nats) over the seqlen - 1 predicted tokens of every window.
 
-    Windows are independent: each starts without context, and its first token is not predicted. Logits are made in
-    slices, so the memory needed does not grow with vocabulary times window; a model whose forward does more to its
-    logits than its head (Cohere, Granite) is asked for whole logits instead.
+    Windows are independent: each starts without context, and its first token is not predicted.
 
     Args:
         model: a transformers causal language model, in eval mode.
@@ -37,8 +32,8 @@ def perplexity(model: nn.Module, tokens: Int[Tensor, "n seq"], *, batch_size: in
     """
     check_tokens(tokens, 2, batch_size)
     device = next(model.parameters()).device
-    size = batch_size or max(1, (16_384 if device.type != "cpu" else 2_048) // tokens.shape[1])
-    loss = _sliced_loss if _head_is_plain(model, tokens[:1, :8].to(device)) else _whole_loss
+    size = batch_size or batch_size_for(device, tokens.shape[1])
+    loss = summed_loss(model, tokens[:1, :8].to(device))
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in tokens.split(size):
         total += loss(model, batch.to(device))
@@ -46,38 +41,6 @@ def perplexity(model: nn.Module, tokens: Int[Tensor, "n seq"], *, batch_size: in
     if not mean < 700:  # exp would overflow; NaN too
         raise NumericsError("The perplexity is not finite", got=mean, fix="dtype=float32 if this is half precision")
     return math.exp(mean)
-
-
-def _sliced_loss(model: nn.Module, batch: Int[Tensor, "b seq"]) -> Float[Tensor, ""]:
-    hidden = model.base_model(batch, use_cache=False).last_hidden_state  # type: ignore[operator]
-    predicted = hidden[:, :-1].flatten(0, 1)
-    labels = batch[:, 1:].flatten()
-    losses = [
-        F.cross_entropy(head_logits(model, h).float(), y, reduction="sum")
-        for h, y in zip(predicted.split(SLICE), labels.split(SLICE), strict=True)
-    ]
-    return torch.stack(losses).sum(dtype=torch.float64)
-
-
-def _whole_loss(model: nn.Module, batch: Int[Tensor, "b seq"]) -> Float[Tensor, ""]:
-    logits = model(batch, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-    return F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").double()
-
-
-def _head_is_plain(model: nn.Module, probe: Int[Tensor, "1 few"]) -> bool:
-    """Whether `head_logits` gives what the model's own forward gives; some families scale their logits there."""
-    hidden = model.base_model(probe, use_cache=False).last_hidden_state  # type: ignore[operator]
-    own = model(probe, use_cache=False).logits.float()
-    if not torch.isfinite(own).all():
-        return True  # the perplexity itself will say so
-    return torch.allclose(head_logits(model, hidden).float(), own, rtol=1e-2, atol=1e-2 * float(own.abs().max()))
-
-
-def head_logits(model: nn.Module, hidden: Float[Tensor, "*tok dim"]) -> Float[Tensor, "*tok vocab"]:
-    """Logits of final hidden states, with the soft cap that some families (Gemma) put on them."""
-    logits: Tensor = model.get_output_embeddings()(hidden)  # type: ignore[operator]
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 @dataclass(frozen=True)

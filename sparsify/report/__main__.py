@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from sparsify import cli, console, plan, registry
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.records import Store
-from sparsify.report import compare, figures, frame, table, write
+from sparsify.report import accuracy, compare, curves, figures, frame, search, seeds, table, write
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ def report(name: str, overrides: list[str], rows: Path | None = None) -> list[Pa
     layout = plan.table_config(name)
     source = _from_records(name, overrides) if rows is None else _from_rows(rows)
     cells = frame.wide(source.rows)
+    if "tasks" in layout:
+        cells = accuracy.with_mean(layout, cells)
     model, scale = str(cells["model"].iloc[0]), str(cells["scale"].iloc[0])
     stem = f"{model.replace('/', '-')}_{scale}"
     title = f"{layout.title} — {model}, {scale} scale"
     notes = [*layout.notes, *_footer(cells, source, layout), *source.notes]
-    if layout.get("layout") == "compare":
-        shown = compare.compared(layout, cells)
-        return write.write(source.tables, f"{name}_{stem}", shown, source.rows, title, notes)
-    return _perplexities(layout, source, cells, f"{name}_{stem}", title, notes)
+    make = LAYOUTS[layout.get("layout", "perplexities")]
+    return make(layout, source, cells, f"{name}_{stem}", title, notes)
 
 
 def _from_records(name: str, overrides: list[str]) -> Source:
@@ -91,12 +91,56 @@ def _perplexities(
     protocol = str(cells[f"{layout.value}.protocol"].iloc[0])
     files = write.write(source.tables, name, shown, source.rows, title, notes)
     files += figures.dot_plot(source.tables, name, found, title, protocol)
-    stem = name.partition("_")[2]
     if "beta_curve" in layout.figures and (cells["allocator"] == "atp").any():
-        files += figures.beta_curve(source.figures, f"beta_curve_{stem}", cells, layout.value, protocol)
+        files += figures.beta_curve(source.figures, f"beta_curve_{name}", cells, layout.value, protocol)
     if "layer_profile" in layout.figures and not sparse.empty:
-        files += figures.layer_profile(source.figures, f"layer_profile_{stem}", found, frame.profiles(cells))
+        files += figures.layer_profile(source.figures, f"layer_profile_{name}", found, frame.profiles(cells))
     return files
+
+
+def _comparison(
+    layout: DictConfig, source: Source, cells: pd.DataFrame, name: str, title: str, notes: list[str]
+) -> list[Path]:
+    return write.write(source.tables, name, compare.compared(layout, cells), source.rows, title, notes)
+
+
+def _curves(
+    layout: DictConfig, source: Source, cells: pd.DataFrame, name: str, title: str, notes: list[str]
+) -> list[Path]:
+    found = curves.lines(layout, cells)
+    shown = curves.summary(layout, found)
+    files = write.write(source.tables, name, shown, source.rows, title, notes)
+    return files + curves.figure(source.figures, name, layout, found, title)
+
+
+def _search(
+    layout: DictConfig, source: Source, cells: pd.DataFrame, name: str, title: str, notes: list[str]
+) -> list[Path]:
+    runs = search.runs_of(layout, cells)
+    files = write.write(source.tables, name, search.summary(layout, runs), source.rows, title, notes)
+    stem = name.partition("_")[2]
+    return files + search.figure(source.figures, f"search_{stem}", runs, str(cells["heldout.protocol"].iloc[0]))
+
+
+def _seeds(
+    layout: DictConfig, source: Source, cells: pd.DataFrame, name: str, title: str, notes: list[str]
+) -> list[Path]:
+    return write.write(source.tables, name, seeds.over_seeds(layout, cells), source.rows, title, notes)
+
+
+def _accuracies(
+    layout: DictConfig, source: Source, cells: pd.DataFrame, name: str, title: str, notes: list[str]
+) -> list[Path]:
+    sparsities = sorted(s for s in cells["sparsity"].unique() if s)
+    pruners = [p for p in layout.pruners if p in set(cells["pruner"])]
+    found = table.entries(layout, cells, pruners, sparsities)
+    shown = accuracy.mean_frame(layout, found, cells)
+    tasks = f"{title}, by task", accuracy.task_frame(layout, found, cells)
+    return write.write(source.tables, name, shown, source.rows, title, notes, [tasks])
+
+
+LAYOUTS = {"perplexities": _perplexities, "compare": _comparison, "curves": _curves, "search": _search, "seeds": _seeds}
+"""How a table is laid out, by the `layout` of its config."""
 
 
 def _paper_models(layout: DictConfig, paper: pd.DataFrame, model: str) -> list[str]:

@@ -47,15 +47,15 @@ STYLE: Any = {
 
 @contextmanager
 def saved(
-    folder: Path, name: str, width: float, height: float, panels: int, sharey: bool = True
+    folder: Path, name: str, width: float, height: float, panels: int, sharey: bool = True, rows: int = 1
 ) -> Iterator[tuple[list[Axes], list[Path]]]:
-    """Axes in a row to draw on, saved as PNG and PDF when the block ends."""
+    """Axes to draw on, in a row or in several, saved as PNG and PDF when the block ends."""
     files = [folder / f"{name}.png", folder / f"{name}.pdf"]
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1, panels, figsize=(width, height), sharey=sharey, squeeze=False, layout="constrained"
+            rows, -(-panels // rows), figsize=(width, height), sharey=sharey, squeeze=False, layout="constrained"
         )
-        yield list(axes[0]), files
+        yield list(axes.flat), files
         _save(figure, files)
 
 
@@ -68,7 +68,7 @@ def _save(figure: Figure, files: list[Path]) -> None:
     plt.close(figure)
 
 
-def _log_axis(axes: Axes, which: str) -> None:
+def log_axis(axes: Axes, which: str) -> None:
     """A log axis with plain numbers: 1, 2, 5 within two and a half decades, powers of ten beyond."""
     axis = axes.yaxis if which == "y" else axes.xaxis
     (axes.set_yscale if which == "y" else axes.set_xscale)("log")
@@ -96,7 +96,7 @@ def dot_plot(folder: Path, name: str, found: list[Entry], title: str, protocol: 
                 axes.plot([x for x, _ in dots], [y for _, y in dots], "o", color=colour, label=f"{sparsity:.0%}")
             if dense is not None:
                 axes.axvline(dense, color="0.4", linestyle=":", linewidth=1, label="dense")
-            _log_axis(axes, "x")
+            log_axis(axes, "x")
             axes.set(title=pruner, xlabel=f"perplexity ({protocol})", yticks=range(len(labels)))
             axes.tick_params(axis="x", rotation=45)
         panels[0].set_yticklabels(labels)
@@ -125,7 +125,7 @@ def beta_curve(folder: Path, name: str, cells: pd.DataFrame, value: str, protoco
                     value,
                     colour,
                 )
-            _log_axis(axes, "y")
+            log_axis(axes, "y")
             axes.set(title=pruner, xlabel="β (sparsity added per block)")
         panels[0].set_ylabel(f"perplexity ({protocol})")
         _beta_legend(panels[-1])
@@ -156,14 +156,18 @@ def _beta_legend(axes: Axes) -> None:
 
 
 def layer_profile(folder: Path, name: str, found: list[Entry], profiles: Mapping[str, list[float]]) -> list[Path]:
-    """Counted sparsity of each block under every allocation, one panel per sparsity, for the first pruner.
+    """Counted sparsity of each block under every allocation, for the first pruner.
 
-    Sparsities at which fewer allocations have run than at others are left out.
+    A few allocations are lines of one panel per sparsity; more than there are colours get a panel each. Sparsities at
+    which fewer allocations have run than at others are left out.
     """
     pruner = next((e.pruner for e in found if e.pruner), "")
     chosen = [e for e in found if e.pruner == pruner and e.key in profiles]
     counts = Counter(e.sparsity for e in chosen)
     sparsities = sorted(s for s in counts if counts[s] == max(counts.values()))
+    chosen = [e for e in chosen if e.sparsity in sparsities]
+    if len({e.label for e in chosen}) > len(COLOURS):
+        return _profile_per_panel(folder, name, chosen, profiles)
     with saved(folder, name, 1.6 + 2.2 * len(sparsities), 2.4, max(len(sparsities), 1)) as (panels, files):
         for axes, sparsity in zip(panels, sparsities, strict=False):
             for colour, entry in zip(COLOURS, [e for e in chosen if e.sparsity == sparsity], strict=False):
@@ -174,3 +178,39 @@ def layer_profile(folder: Path, name: str, found: list[Entry], profiles: Mapping
         panels[0].set_ylabel("sparsity (counted zeros)")
         panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return files
+
+
+def _profile_per_panel(
+    folder: Path, name: str, chosen: list[Entry], profiles: Mapping[str, list[float]], columns: int = 5
+) -> list[Path]:
+    """Small multiples: one allocation each, one line per sparsity, and in grey what the others do at that sparsity."""
+    labels = list(dict.fromkeys(e.label for e in chosen))
+    sparsities = sorted({e.sparsity for e in chosen})
+    rows = -(-len(labels) // columns)
+    count = rows * columns
+    with saved(folder, name, 0.6 + 1.45 * columns, 0.7 + 1.25 * rows, count, rows=rows) as (panels, files):
+        for axes, label in zip(panels, labels, strict=False):
+            for entry in chosen if len(sparsities) == 1 else ():
+                _profile_line(axes, profiles[entry.key], color="0.85", linewidth=0.6)
+            for entry in (e for e in chosen if e.label == label):
+                colour = COLOURS[sparsities.index(entry.sparsity) % len(COLOURS)]
+                axes.axhline(entry.sparsity, color=colour, linestyle=":", linewidth=0.7)
+                _profile_line(axes, profiles[entry.key], color=colour, label=f"{entry.sparsity:.0%}")
+            axes.set_title(_panel_title(label, [e for e in chosen if e.label == label]), fontsize=7)
+        for axes in panels[len(labels) :]:
+            axes.set_axis_off()
+        for axes in panels[-columns:]:
+            axes.set_xlabel("block")
+        for axes in panels[::columns]:
+            axes.set_ylabel("sparsity")
+        panels[columns - 1].legend(title=chosen[0].pruner, loc="center left", bbox_to_anchor=(1, 0.5))
+    return files
+
+
+def _profile_line(axes: Axes, profile: list[float], **style: Any) -> None:
+    axes.plot(range(1, len(profile) + 1), profile, **style)
+
+
+def _panel_title(label: str, entries: list[Entry]) -> str:
+    """The allocation, with the hyper-parameter that was selected where there is just one."""
+    return f"{label}\n({entries[0].note})" if len(entries) == 1 and entries[0].note else label

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from sparsify.errors import RecordError
 Record = Mapping[str, Any]
 
 REQUIRED = ("key", "evaluation", "metric", "protocol", "value")
-MEASUREMENT = ("evaluation", "metric", "protocol", "value", "text_sha256", "stderr", "n", "curve")
+MEASUREMENT = ("evaluation", "metric", "protocol", "value", "text_sha256", "stderr", "n", "curve", "curve_stderr")
 """Columns of a long row that belong to the evaluation; all others describe the cell."""
 
 
@@ -25,7 +27,8 @@ def long(records: Iterable[Record]) -> pd.DataFrame:
     `pruner`, `allocator`, `method` by config name, every parameter as `allocator.beta`; `num_blocks` and
     `block_sparsity` (counted, first to last block, joined by `|`); `seconds.<step>`; where and with what it ran; then
     `evaluation`, `metric`, `protocol`, `value`, the hash of the tokens and, where they apply, `stderr`, `n` (documents)
-    and `curve` (values by block, joined by `|`). Further measurements are rows `<evaluation>.<metric>`.
+    and `curve` (values by block, joined by `|`) with its `curve_stderr`. Further measurements are rows
+    `<evaluation>.<metric>`.
     """
     return pd.DataFrame([row for record in records for row in _rows(record)])
 
@@ -44,7 +47,8 @@ def _rows(record: Record) -> list[dict[str, Any]]:
 def _measurement(item: Mapping[str, Any]) -> dict[str, Any]:
     """Metric and value, and of the optional columns those that the measurement has."""
     row = {name: item[name] for name in ("metric", "value", "stderr", "n") if name in item}
-    return row | ({"curve": "|".join(f"{x:.6g}" for x in item["curve"])} if "curve" in item else {})
+    curves = {name: "|".join(f"{x:.6g}" for x in item[name]) for name in ("curve", "curve_stderr") if name in item}
+    return row | curves
 
 
 def _cell(record: Record) -> dict[str, Any]:
@@ -53,8 +57,9 @@ def _cell(record: Record) -> dict[str, Any]:
     row |= {name: science[name] for name in ("scale", "dtype", "pattern", "sparsity", "seed")}
     for group in ("pruner", "allocator", "method"):
         row[group] = registry.name_of(group, science[group])
-        row |= {f"{group}.{k}": v for k, v in science[group].items() if not k.startswith("_")}
+        row |= {f"{group}.{k}": _scalar(v) for k, v in science[group].items() if not k.startswith("_")}
     profile = block_profile(record)
+    row |= _trials(record.get("trials", []))
     row["num_blocks"] = len(profile)
     row["block_sparsity"] = "|".join(f"{value:.5f}" for value in profile)
     row |= {f"seconds.{step}": round(value, 3) for step, value in record["seconds"].items()}
@@ -63,6 +68,23 @@ def _cell(record: Record) -> dict[str, Any]:
     row |= {name: execution[name] for name in ("device", "commit", "finished")}
     row |= {name: execution["versions"][name] for name in ("torch", "transformers")}
     return row
+
+
+def _scalar(value: Any) -> Any:
+    """A parameter as one CSV field: allocators inside allocators as JSON."""
+    return json.dumps(value, sort_keys=True) if isinstance(value, Mapping | list) else value
+
+
+def _trials(trials: list[Mapping[str, Any]]) -> dict[str, str]:
+    """What a search tried, in order: held-out perplexities and seconds since its start, joined by `|`."""
+    timed = [t for t in trials if t.get("seconds") is not None]
+    if not timed:
+        return {}
+    losses = (math.inf if t["heldout_perplexity"] is None else t["heldout_perplexity"] for t in timed)
+    return {
+        "trials.heldout": "|".join(f"{x:.6g}" for x in losses),
+        "trials.seconds": "|".join(f"{t['seconds']:.3f}" for t in timed),
+    }
 
 
 def block_profile(record: Record) -> list[float]:
@@ -101,7 +123,7 @@ def read_long(file: Path) -> pd.DataFrame:
 def wide(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per cell: its description, every evaluation's value under its name (`test`), and `test.protocol`.
 
-    Where a measurement has them, also `boolq.stderr`, `boolq.n` and `error_growth.relative.curve`.
+    Where a measurement has them, also `boolq.stderr`, `boolq.n` and `error_growth.absolute.curve`.
     """
     shared = [column for column in rows if column not in MEASUREMENT]
     cells = rows.drop_duplicates("key")[shared].set_index("key", drop=False)
@@ -109,7 +131,7 @@ def wide(rows: pd.DataFrame) -> pd.DataFrame:
         by_key = part.set_index("key")
         cells[str(name)] = by_key["value"]
         cells[f"{name}.protocol"] = by_key["protocol"]
-        for extra in ("stderr", "n", "curve"):
+        for extra in ("stderr", "n", "curve", "curve_stderr"):
             if extra in by_key and by_key[extra].notna().any():
                 cells[f"{name}.{extra}"] = by_key[extra]
     return cells.reset_index(drop=True)

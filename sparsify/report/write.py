@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from sparsify.records import write_atomically
 
+More = Sequence[tuple[str, pd.DataFrame]]
+"""Further tables of a file, each with its title."""
 
-def markdown(frame: pd.DataFrame, title: str, notes: list[str]) -> str:
-    """Title, table and footnotes."""
+
+def markdown(frame: pd.DataFrame, title: str, notes: list[str], more: More = ()) -> str:
+    """Title, table, further tables and footnotes."""
+    lines = [line for heading, table in ((title, frame), *more) for line in (f"**{heading}**", "", _table(table), "")]
+    return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
+
+
+def _table(frame: pd.DataFrame) -> str:
     flat = _flat(frame)
-    table = flat.to_markdown(index=False, disable_numparse=True, colalign=_aligned(flat))
-    return "\n".join([f"**{title}**", "", table, "", *(f"- {note}" for note in notes), ""])
+    return str(flat.to_markdown(index=False, disable_numparse=True, colalign=_aligned(flat)))
 
 
 def latex(frame: pd.DataFrame, title: str, notes: list[str]) -> str:
@@ -32,16 +40,24 @@ def latex(frame: pd.DataFrame, title: str, notes: list[str]) -> str:
     return "".join(f"% {note}\n" for note in notes) + body
 
 
-def write(folder: Path, name: str, frame: pd.DataFrame, long: pd.DataFrame, title: str, notes: list[str]) -> list[Path]:
+def write(
+    folder: Path,
+    name: str,
+    frame: pd.DataFrame,
+    long: pd.DataFrame,
+    title: str,
+    notes: list[str],
+    more: More = (),
+) -> list[Path]:
     """Write `<name>.md`, `.csv` (long rows) and `.tex`; returns the paths.
 
     Raises:
         RecordError: a file could not be written.
     """
     texts = {
-        ".md": markdown(frame, title, notes),
+        ".md": markdown(frame, title, notes, more),
         ".csv": long.to_csv(index=False, lineterminator="\n"),
-        ".tex": latex(frame, title, notes),
+        ".tex": "\n".join([latex(frame, title, notes), *(latex(table, heading, []) for heading, table in more)]),
     }
     for suffix, text in texts.items():
         write_atomically(folder / f"{name}{suffix}", text)
@@ -61,7 +77,10 @@ def _aligned(flat: pd.DataFrame) -> list[str]:
     return ["left", "left"] + ["right"] * (flat.shape[1] - 2)
 
 
+TEX = {"&": r"\&", "%": r"\%", "_": r"\_", "β": r"$\beta$", "–": "--", "−": "$-$", "±": r"$\pm$"}
+
+
 def _tex(text: str) -> str:
-    for plain, escaped in (("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("β", r"$\beta$"), ("–", "--")):
+    for plain, escaped in TEX.items():
         text = text.replace(plain, escaped)
     return text

@@ -17,7 +17,7 @@ from sparsify.pruners.base import Pruned
 from sparsify.stats import NEEDS, Accumulator, LayerStats
 from sparsify.types import LayerSpec, Target
 
-GROUPS = {"pruner": 4, "allocator": 4, "method": 1, "eval": 1, "logger": 2, "data": 4, "model": 10}
+GROUPS = {"pruner": 4, "allocator": 13, "method": 1, "eval": 1, "logger": 2, "data": 4, "model": 10}
 FILES = [(group, name) for group in GROUPS for name in registry.names(group)]
 PRUNERS = registry.names("pruner")
 VERSIONED = ("pruner", "allocator", "method", "eval")
@@ -34,7 +34,8 @@ def nodes(tree):
 
 
 def components(group, name):
-    tree = OmegaConf.to_container(OmegaConf.load(registry.find(group, name)), resolve=False)
+    # An allocator's defaults may come from the model or the scale, which are absent here.
+    tree = OmegaConf.to_container(OmegaConf.load(registry.find(group, name)), resolve=group == "allocator")
     found = list(nodes(tree))
     assert found, f"configs/{group}/{name}.yaml names no component"
     return found

@@ -21,7 +21,7 @@ def test_a_published_table_is_a_function_of_its_rows(rows, tmp_path):
 
     shutil.copytree(rows.parent, tmp_path / "copy")
     copy = tmp_path / "copy" / rows.name
-    files = report(rows.stem.partition("_")[0], [], copy)
+    files = report(rows.parent.name, [], copy)
     for suffix in TEXTS:
         assert copy.with_suffix(suffix) in files
         assert copy.with_suffix(suffix).read_bytes() == rows.with_suffix(suffix).read_bytes()
@@ -35,7 +35,11 @@ def test_figures_are_written_and_the_same_twice(tmp_path):
         shutil.copytree(rows.parent, tmp_path / name)
         report("table1", [], tmp_path / name / rows.name)
     figures = [Path(file.name) for file in (tmp_path / "one").glob("*.png")]
-    assert {file.name.split("_smollm2")[0] for file in figures} == {"table1", "beta_curve", "layer_profile"}
+    assert {file.name.split("_smollm2")[0] for file in figures} == {
+        "table1",
+        "beta_curve_table1",
+        "layer_profile_table1",
+    }
     for file in figures:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 

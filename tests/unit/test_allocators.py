@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sparsify.allocators.arithmetic import Arithmetic, beta_grid, legal_maximum, progression
-from sparsify.allocators.base import outlier_mapping
+from sparsify.allocators.base import Context, outlier_mapping
 from sparsify.allocators.owl import OWL
 from sparsify.allocators.spectral import AlphaPruning, alpha_mid, alpha_peak, spectral_profile, spectrum
 from sparsify.allocators.uniform import Uniform
@@ -14,8 +14,11 @@ from sparsify.stats import LayerStats
 from sparsify.types import check_sparsity
 
 
-class FakeContext:
+class FakeContext(Context):
     """A dense model that is a dict of weights; the objective is any function of a plan."""
+
+    seed = 0
+    progress = staticmethod(lambda done, total: None)
 
     def __init__(self, table, objective=None):
         self.tensors = {x.name: torch.randn(x.out_features, x.in_features) ** (1 + 2 * x.block) for x in table}

@@ -45,6 +45,18 @@ def test_strides_with_different_offsets_do_not_overlap(corpus):
     assert len(even) + len(odd) == len(cut(corpus, seqlen=7).tokens)
 
 
+def test_random_windows_of_different_parts_come_from_different_text(corpus):
+    ids = cut(corpus, seqlen=2).tokens.flatten()
+    one, two = (
+        cut(corpus, seqlen=9, windows=n, stride=2, offset=offset, sampler="random").tokens
+        for n, offset in ((40, 0), (7, 1))
+    )
+    assert (one.shape, two.shape) == ((40, 9), (7, 9))
+    first, second = ids.tensor_split(2)
+    assert all(window.tolist() in first.unfold(0, 9, 1).tolist() for window in one)
+    assert not set(one.unique().tolist()) & set(second.unique().tolist()) - {10, *first.tolist()}
+
+
 def test_drawn_windows_lie_inside_one_document_longer_than_the_window(corpus):
     tokens = cut(corpus, seqlen=10, windows=12, sampler="document").tokens
     assert tokens.shape == (12, 10)
@@ -54,7 +66,7 @@ def test_drawn_windows_lie_inside_one_document_longer_than_the_window(corpus):
         assert any(text in document and len(document) > 10 for document in documents)
 
 
-@pytest.mark.parametrize("sampler", ["joined", "document"])
+@pytest.mark.parametrize("sampler", ["joined", "document", "random"])
 def test_the_same_seed_gives_the_same_windows(corpus, sampler):
     first, again, other = (cut(corpus, seed, seqlen=8, windows=10, sampler=sampler) for seed in (3, 3, 4))
     assert torch.equal(first.tokens, again.tokens)
@@ -78,7 +90,15 @@ def test_a_text_that_is_too_short_is_refused(corpus, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"seqlen": 1}, {"windows": 0}, {"stride": 0}, {"offset": 1}, {"stride": 2, "offset": 2}, {"sampler": "document"}],
+    [
+        {"seqlen": 1},
+        {"windows": 0},
+        {"stride": 0},
+        {"offset": 1},
+        {"stride": 2, "offset": 2},
+        {"sampler": "document"},
+        {"sampler": "random"},
+    ],
 )
 def test_windows_that_make_no_sense_are_refused(corpus, options):
     with pytest.raises(UsageError):
@@ -117,7 +137,7 @@ def test_the_protocol_tag_names_text_split_length_and_count(name, split, windows
 
 def test_different_windows_have_different_tags():
     text = Corpus("letters")
-    specs = [{}, {"stride": 4}, {"stride": 4, "offset": 1}, {"sampler": "document"}]
+    specs = [{}, {"stride": 4}, {"stride": 4, "offset": 1}, {"sampler": "document"}, {"sampler": "random"}]
     tags = [Windows(text, "test", 8, 4, **spec).protocol for spec in specs]
     assert len(set(tags)) == len(tags)
 

@@ -113,3 +113,24 @@ def test_numbers_are_printed_as_the_papers_do(value, text):
 def test_tolerance_grows_with_the_perplexity(value, limit):
     layout = OmegaConf.load(plan.registry.find("table", "reference"))
     assert compare.tolerance(value, layout) == limit
+
+
+@pytest.mark.parametrize("sparsities", [[0.7], [0.5, 0.7]])
+def test_more_allocations_than_colours_get_a_panel_each(sparsities, tmp_path):
+    import matplotlib.pyplot as plt
+
+    from sparsify.report import figures
+    from sparsify.report.table import Entry
+
+    labels = [f"rule {i}" for i in range(len(figures.COLOURS) + 2)]
+    found = [Entry("wanda", label, s, 1.0, "", f"{label}{s}", "") for label in labels for s in sparsities]
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_save", lambda figure, files: drawn.append(figure))
+        figures.layer_profile(tmp_path, "profile", found, {e.key: [e.sparsity] * 4 for e in found})
+    panels = [axes for axes in drawn[0].axes if axes.axison]
+    assert [axes.get_title() for axes in panels] == labels
+    for axes in panels:
+        own = {line.get_label() for line in axes.get_lines()} & {f"{s:.0%}" for s in sparsities}
+        assert len(own) == len(sparsities)
+    plt.close(drawn[0])

@@ -1,0 +1,136 @@
+"""Equimarginal allocation: prune where one weight more costs least, until it costs the same everywhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from sparsify.allocators.base import Allocator, Context
+from sparsify.allocators.uniform import Uniform
+from sparsify.budget import fit_plan
+from sparsify.errors import NumericsError, UsageError
+from sparsify.types import LayerTable, SparsityPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsify.screen import Screen
+
+LONGEST = 4.0
+"""A layer moves at most this many times the mean step."""
+
+
+@dataclass(frozen=True)
+class Equimarginal:
+    """Descend the held-out loss along the sparsities of the layers, at a constant number of zeros.
+
+    At the best split of a budget no layer can give a zero to another at a profit: the derivative of the loss by the
+    number of zeros is the same in every layer (the Lagrange condition of the budget). One backward pass of the pruned
+    model gives all these derivatives at once (`Screen.marginal_costs`), where a search by trial needs a forward pass
+    for each. Every step moves sparsity from layers in which a zero costs more than the mean to those in which it
+    costs less; every `settle_every` steps the masks are settled by a propagated walk, and the best settled plan wins.
+
+    Ours; no paper. The trials use Wanda's masks whatever the cell's pruner is. The text is the cell's calibration and
+    held-out text, never the test set.
+
+    Attributes:
+        start: the allocator to start from.
+        groups: one sparsity per `layer` (matrix) or per `block`.
+        steps: of descent.
+        rate: mean change of a layer's sparsity in the first step; four fifths of it after each third of the steps.
+        momentum: share of the former direction in the next.
+        band: weights around the threshold whose removal is priced, as a fraction of a row.
+        windows: calibration windows of a settling walk; None for all.
+        batch: held-out windows a gradient is taken on, drawn anew for every step.
+        settle_every: steps between settling walks.
+    """
+
+    start: Allocator = field(default_factory=Uniform)
+    groups: Literal["layer", "block"] = "layer"
+    steps: int = 120
+    rate: float = 0.015
+    momentum: float = 0.7
+    band: float = 0.04
+    windows: int | None = 24
+    batch: int = 8
+    settle_every: int = 10
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.groups not in ("layer", "block"):
+            raise UsageError("Unknown groups", got=self.groups, allowed="layer, block")
+        if min(self.steps, self.batch, self.settle_every) < 1 or not 0 < self.rate < 0.5 or not 0 < self.band < 1:
+            raise UsageError(
+                "The descent's settings are out of range",
+                got=f"steps={self.steps}, batch={self.batch}, settle_every={self.settle_every}, rate={self.rate}, "
+                f"band={self.band}",
+                allowed="steps, batch, settle_every >= 1, 0 < rate < 0.5, 0 < band < 1",
+            )
+        if not 0 <= self.momentum < 1:
+            raise UsageError("momentum is a share", got=self.momentum, allowed="0 <= momentum < 1")
+
+    def check(self, wanted: float, num_blocks: int) -> None:
+        self.start.check(wanted, num_blocks)
+
+    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
+        plan = self.start.allocate(layers, wanted, context)
+        with context.screen(self.windows) as screen:
+            return self._descend(plan, layers, wanted, context, screen)
+
+    def _descend(
+        self, plan: SparsityPlan, layers: LayerTable, wanted: float, context: Context, screen: Screen
+    ) -> SparsityPlan:
+        text, rng, began = context.heldout_tokens(None), np.random.default_rng(context.seed), time.perf_counter()
+        direction = np.zeros(len(layers))
+        best, best_loss, log = plan, math.inf, []
+        for step in range(self.steps + 1):
+            if step % self.settle_every == 0 or step == self.steps:
+                screen.settle(plan.sparsities())
+                loss = screen.loss(text)
+                log.append(_trial(step, loss, time.perf_counter() - began))
+                if loss < best_loss:
+                    best, best_loss = plan, loss
+            if step < self.steps:
+                costs = self._costs(screen, _draw(text, self.batch, rng), layers)
+                direction = self.momentum * direction + (1 - self.momentum) * costs
+                rate = self.rate * 0.8 ** (3 * step // self.steps)
+                plan = moved(plan, direction, rate, layers, wanted)
+                screen.apply(plan.sparsities())
+            context.progress(step + 1, self.steps + 1)
+        if not math.isfinite(best_loss):
+            raise NumericsError("No step of the descent gave a finite perplexity", got=log, fix="a lower sparsity")
+        return SparsityPlan(best.targets, best.ledger, tuple(log), {"heldout_perplexity": math.exp(best_loss)})
+
+    def _costs(self, screen: Screen, text: Tensor, layers: LayerTable) -> Float[ndarray, " layers"]:
+        """Marginal cost of a zero in every layer, less the mean over all weights."""
+        found = screen.marginal_costs(text, self.band)
+        costs = np.array([found[layer.name] for layer in layers])
+        sizes = np.array([layer.numel for layer in layers], dtype=float)
+        if self.groups == "block":
+            block = np.unique([layer.block for layer in layers], return_inverse=True)[1]
+            costs = (np.bincount(block, costs * sizes) / np.bincount(block, sizes))[block]
+        return costs - (costs * sizes).sum() / sizes.sum()
+
+
+def moved(
+    plan: SparsityPlan, direction: Float[ndarray, " layers"], rate: float, layers: LayerTable, wanted: float
+) -> SparsityPlan:
+    """The plan one step against `direction`, whose mean absolute value is taken as one, at the same budget."""
+    unit = direction / (np.abs(direction).mean() or 1.0)
+    step = rate * np.clip(unit, -LONGEST, LONGEST)
+    now = plan.sparsities()
+    return fit_plan(layers, {x.name: now[x.name] - float(s) for x, s in zip(layers, step, strict=True)}, wanted)
+
+
+def _draw(text: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+    return text[rng.choice(len(text), size=min(count, len(text)), replace=False)]
+
+
+def _trial(step: int, loss: float, seconds: float) -> dict[str, float | None]:
+    return {"step": float(step), "heldout_perplexity": math.exp(loss) if loss < 700 else None, "seconds": seconds}

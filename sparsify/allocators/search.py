@@ -1,0 +1,59 @@
+"""A search over sparsities on held-out text, where the rules guess them: the control that every rule is measured by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sparsify.allocators.arithmetic import beta_grid, legal_maximum
+from sparsify.allocators.base import Allocator, Context
+from sparsify.allocators.searching import Searching, rule_profiles
+from sparsify.allocators.uniform import Uniform
+from sparsify.errors import UsageError
+from sparsify.search import spaces
+from sparsify.types import LayerTable, SparsityPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search(Searching):
+    """Choose beta, or the sparsity of every block or matrix, by trial on held-out text.
+
+    Sources: ATP (arXiv 2502.14770), Algorithm 1 (`space=beta, algorithm=grid`) and its Bayesian control (Table 6:
+    `space=block, algorithm=tpe`, the set-up is our reading: free block sparsities around the mean, re-centred);
+    EvoPress (arXiv 2410.14649) for budget-preserving evolution.
+
+    Attributes:
+        space: `beta` (ATP's common difference), `block` or `layer` (one sparsity for each).
+        rules: allocators whose profiles are tried first, by any name; spaces of more than one number start from them.
+        reach: half the width of the box that `random` and `tpe` draw from, around the wanted sparsity.
+        step: of beta's grid.
+    """
+
+    space: Literal["beta", "block", "layer"] = "layer"
+    rules: Mapping[str, Allocator] = field(default_factory=lambda: {"uniform": Uniform()})
+    reach: float = 0.15
+    step: float = 0.002
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.space not in ("beta", "block", "layer"):
+            raise UsageError("Unknown search space", got=self.space, allowed="beta, block, layer")
+        if not self.rules:
+            raise UsageError("A search starts from at least one rule", fix="leave `rules` as it is")
+
+    def check(self, wanted: float, num_blocks: int) -> None:
+        for rule in self.rules.values():
+            rule.check(wanted, num_blocks)
+
+    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
+        self.check(wanted, layers.num_blocks)
+        return self.best_plan(layers, wanted, context, self._space(layers, wanted, context))
+
+    def _space(self, layers: LayerTable, wanted: float, context: Context) -> spaces.Space:
+        if self.space == "beta":
+            limit = legal_maximum(wanted, layers.num_blocks)
+            return spaces.progressions(layers, wanted, limit, beta_grid(wanted, layers.num_blocks, self.step))
+        starts = rule_profiles(self.rules, layers, wanted, context)
+        return spaces.groups(layers, self.space, starts, self.reach)

@@ -1,0 +1,113 @@
+import math
+
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from sparsify import plan
+from sparsify.errors import SparsifyError, UsageError
+from sparsify.report import accuracy, table, write
+
+LAYOUT = plan.table_config("table2")
+SMALL = OmegaConf.merge(LAYOUT, {"tasks": ["boolq", "piqa"]})
+
+
+def cell(allocator, boolq, piqa, sparsity=0.7, pruner="wanda", limit=""):
+    """A wide row as `frame.wide` makes it."""
+    return {
+        "key": f"{pruner}-{allocator}-{sparsity}",
+        "sparsity": sparsity,
+        "pruner": pruner,
+        "allocator": allocator,
+        "test": 20.0,
+        "boolq": boolq,
+        "boolq.stderr": 0.03,
+        "boolq.protocol": f"boolq@0-shot{limit}",
+        "piqa": piqa,
+        "piqa.stderr": 0.04,
+        "piqa.protocol": f"piqa@0-shot{limit}",
+        "piqa.acc_norm": None if piqa is None else piqa + 0.01,
+    }
+
+
+def frames(*rows, sparsities=(0.7,)):
+    cells = accuracy.with_mean(SMALL, pd.DataFrame(rows))
+    found = table.entries(SMALL, cells, ["wanda"], list(sparsities))
+    return accuracy.mean_frame(SMALL, found, cells), accuracy.task_frame(SMALL, found, cells)
+
+
+ROWS = (cell("uniform", 0.6, 0.7, 0.0, "magnitude"), cell("uniform", 0.4, 0.5), cell("atp", 0.5, 0.62))
+
+
+def test_the_mean_has_its_error_and_its_protocol():
+    cells = accuracy.with_mean(SMALL, pd.DataFrame([cell("uniform", 0.4, 0.5, limit=", first 20")]))
+    assert cells["accuracy"].iloc[0] == pytest.approx(0.45)
+    assert cells["accuracy.stderr"].iloc[0] == pytest.approx(math.hypot(0.03, 0.04) / 2)
+    assert cells["accuracy.protocol"].iloc[0] == "mean of 2 tasks@0-shot, first 20"
+
+
+def test_the_tables_of_means_and_of_tasks():
+    means, tasks = frames(*ROWS)
+    shown = write.markdown(means, "Means", ["a note"], [("Tasks", tasks)])
+    assert shown == "\n".join(
+        [
+            "**Means**",
+            "",
+            "| pruner   | allocation   |     ours 70% |   ATP − row, ours 70% |   ATP − row, llama2-7b 70% |"
+            "   ATP − row, llama3-8b 70% |   ATP − row, llama3-8b 60% |",
+            "|:---------|:-------------|-------------:|----------------------:|---------------------------:"
+            "|---------------------------:|---------------------------:|",
+            "|          | dense        | 65.00 ± 2.50 |                       |                            |"
+            "                            |                            |",
+            "| wanda    | uniform      | 45.00 ± 2.50 |                +11.00 |                     +10.50 |"
+            "                            |                      +4.13 |",
+            "|          | OWL          |            – |                       |                            |"
+            "                            |                            |",
+            "|          | AlphaPruning |            – |                       |                      +2.46 |"
+            "                            |                      +1.05 |",
+            "|          | DSA          |            – |                       |                            |"
+            "                      +3.43 |                            |",
+            "|          | ATP          | 56.00 ± 2.50 |                       |                            |"
+            "                            |                            |",
+            "",
+            "**Tasks**",
+            "",
+            "| pruner   | allocation   |   boolq acc |   piqa acc |   piqa acc_norm |",
+            "|:---------|:-------------|------------:|-----------:|----------------:|",
+            "|          | dense        |       60.00 |      70.00 |           71.00 |",
+            "| wanda    | uniform      |       40.00 |      50.00 |           51.00 |",
+            "|          | OWL          |             |            |                 |",
+            "|          | AlphaPruning |             |            |                 |",
+            "|          | DSA          |             |            |                 |",
+            "|          | ATP          |       50.00 |      62.00 |           63.00 |",
+            "",
+            "- a note",
+            "",
+        ]
+    )
+
+
+def test_several_sparsities_are_columns_of_the_means_and_rows_of_the_tasks():
+    means, tasks = frames(*ROWS, cell("atp", 0.55, 0.66, 0.6), sparsities=(0.6, 0.7))
+    assert [c for c in means.columns if c[0] == "ours"] == [("ours", "60%"), ("ours", "70%")]
+    assert means.loc[("wanda", "ATP"), ("ours", "60%")] == "60.50 ± 2.50"
+    assert tasks.loc[("wanda", "ATP 60%"), ("piqa", "acc")] == "66.00"
+
+
+def test_limited_numbers_never_stand_beside_full_ones():
+    with pytest.raises(UsageError, match="different protocols"):
+        frames(*ROWS[:2], cell("atp", 0.5, 0.62, limit=", first 20"))
+
+
+def test_a_cell_without_every_task_is_left_out_and_none_at_all_is_an_error():
+    means, _ = frames(*ROWS[:2], cell("atp", 0.5, None))
+    assert means.loc[("wanda", "ATP"), ("ours", "70%")] == "–"
+    with pytest.raises(SparsifyError, match="No cell has every task"):
+        accuracy.with_mean(SMALL, pd.DataFrame([{"key": "a", "test": 20.0}]))
+
+
+def test_every_published_lead_has_a_row_of_the_table():
+    paper = table.paper_numbers(LAYOUT)
+    assert len(paper) == 5
+    assert set(paper["allocator"]) <= {row.get("paper") for row in LAYOUT.rows}
+    assert all(paper["source"].str.startswith("ATP"))
