@@ -8,7 +8,7 @@ LAUNCHER   ?=
 DRY_RUN    ?=
 ARGS       ?=
 
-TABLES := table1 table2 table14 error_growth
+TABLES := table1 table2 table7 table14 error_growth seeds beta_study
 CHECKS := reference
 
 VENV   := .venv

@@ -34,6 +34,7 @@ class Blend(Searching):
         default_factory=lambda: {"depth": RelativeProgression(0.5), "alphapruning": AlphaPruning()}
     )
     weights: Mapping[str, float] | Literal["auto"] = "auto"
+    trials: int = 40
     version: int = 1
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from sparsify import cli, console, plan, registry
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.records import Store
-from sparsify.report import accuracy, compare, curves, figures, frame, search, seeds, table, write
+from sparsify.report import accuracy, beta_study, compare, curves, figures, frame, search, seeds, table, write
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,11 @@ def _perplexities(
     protocol = str(cells[f"{layout.value}.protocol"].iloc[0])
     files = write.write(source.tables, name, shown, source.rows, title, notes)
     files += figures.dot_plot(source.tables, name, found, title, protocol)
+    stem = name.partition("_")[2]
     if "beta_curve" in layout.figures and (cells["allocator"] == "atp").any():
-        files += figures.beta_curve(source.figures, f"beta_curve_{name}", cells, layout.value, protocol)
-    if "layer_profile" in layout.figures and not sparse.empty:
-        files += figures.layer_profile(source.figures, f"layer_profile_{name}", found, frame.profiles(cells))
+        files += figures.beta_curve(source.figures, f"beta_curve_{stem}", cells, layout.value, protocol)
+    for figure in (f for f in layout.figures if f.startswith("layer_profile") and not sparse.empty):
+        files += figures.layer_profile(source.figures, f"{figure}_{stem}", found, frame.profiles(cells))
     return files
 
 
@@ -119,7 +120,7 @@ def _search(
     runs = search.runs_of(layout, cells)
     files = write.write(source.tables, name, search.summary(layout, runs), source.rows, title, notes)
     stem = name.partition("_")[2]
-    return files + search.figure(source.figures, f"search_{stem}", runs, str(cells["heldout.protocol"].iloc[0]))
+    return files + search.figure(source.figures, f"search_{stem}", layout, runs, str(cells["heldout.protocol"].iloc[0]))
 
 
 def _seeds(
@@ -139,7 +140,21 @@ def _accuracies(
     return write.write(source.tables, name, shown, source.rows, title, notes, [tasks])
 
 
-LAYOUTS = {"perplexities": _perplexities, "compare": _comparison, "curves": _curves, "search": _search, "seeds": _seeds}
+def _beta_study(
+    layout: DictConfig, source: Source, cells: pd.DataFrame, name: str, title: str, notes: list[str]
+) -> list[Path]:
+    return write.write(source.tables, name, beta_study.studied(layout, cells), source.rows, title, notes)
+
+
+LAYOUTS = {
+    "perplexities": _perplexities,
+    "compare": _comparison,
+    "curves": _curves,
+    "search": _search,
+    "seeds": _seeds,
+    "accuracy": _accuracies,
+    "beta_study": _beta_study,
+}
 """How a table is laid out, by the `layout` of its config."""
 
 

@@ -60,6 +60,8 @@ def _cell(record: Record) -> dict[str, Any]:
         row |= {f"{group}.{k}": _scalar(v) for k, v in science[group].items() if not k.startswith("_")}
     profile = block_profile(record)
     row |= _trials(record.get("trials", []))
+    if record.get("notes", {}).get("rank_correlation") is not None:
+        row["rank_correlation"] = round(record["notes"]["rank_correlation"], 3)
     row["num_blocks"] = len(profile)
     row["block_sparsity"] = "|".join(f"{value:.5f}" for value in profile)
     row |= {f"seconds.{step}": round(value, 3) for step, value in record["seconds"].items()}
@@ -117,7 +119,18 @@ def read_long(file: Path) -> pd.DataFrame:
     missing = sorted({*REQUIRED} - set(rows))
     if missing:
         raise RecordError("Published rows lack columns", got=f"{file}: no {', '.join(missing)}")
-    return rows
+    parameters = [c for c in map(str, rows) if c.startswith(("pruner.", "allocator.", "method."))]
+    return rows.assign(**{column: rows[column].map(_as_written) for column in parameters})
+
+
+def _as_written(value: Any) -> Any:
+    """A parameter that shares its column with text (`auto`) is a number again."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value) if any(c in value for c in ".en") else int(value)
+    except ValueError:
+        return value
 
 
 def wide(rows: pd.DataFrame) -> pd.DataFrame:

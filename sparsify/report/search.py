@@ -79,6 +79,7 @@ def summary(layout: DictConfig, runs: list[Run]) -> pd.DataFrame:
         ("seconds", ""),
         ("held-out, equal trials", ""),
         ("held-out, equal seconds", ""),
+        ("rank", "correlation"),
         ("in full", "held-out"),
         ("in full", "test"),
         ("above the best", ""),
@@ -93,20 +94,23 @@ def _row(run: Run, reference: Run | None, layout: DictConfig, best: float) -> li
     if reference is not None and trials:
         equal = [run.after_trials(len(reference.heldout)), run.after_seconds(float(reference.seconds[-1]))]
     test = float(run.cell[layout.value])
+    agreement = run.cell.get("rank_correlation")
     return [
         str(trials) if trials else "",
         f"{run.seconds[-1]:.0f}" if trials else "",
         *("" if value is None else format_number(value) for value in equal),
+        "" if agreement is None or math.isnan(agreement) else f"{agreement:.2f}",
         format_number(float(run.cell["heldout"])),
         format_number(test),
         f"{test / best - 1:+.0%}",
     ]
 
 
-def figure(folder: Path, name: str, runs: list[Run], protocol: str) -> list[Path]:
+def figure(folder: Path, name: str, layout: DictConfig, runs: list[Run], protocol: str) -> list[Path]:
     """Best held-out perplexity so far, against trials and against seconds, one row of panels per sparsity."""
     sparsities = sorted({run.sparsity for run in runs if len(run.heldout)})
-    labels = list(dict.fromkeys(run.label for run in runs if len(run.heldout)))
+    searched = {run.label for run in runs if len(run.heldout)}
+    labels = [str(row.label) for row in layout.rows if row.label in searched]
     with saved(folder, name, 6.4, 0.3 + 2.2 * len(sparsities), 2 * len(sparsities), False, len(sparsities)) as (
         panels,
         files,
@@ -120,7 +124,8 @@ def figure(folder: Path, name: str, runs: list[Run], protocol: str) -> list[Path
                 log_axis(axes, "y")
                 axes.set(xlabel=what, title=f"{sparsity:.0%}")
             panels[2 * i].set_ylabel(f"best held-out perplexity so far\n({protocol})")
-        panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+        panels[1].legend([lines[label] for label in labels], labels, loc="center left", bbox_to_anchor=(1, 0.5))
     return files
 
 

@@ -65,11 +65,12 @@ def write(
 
 
 def _flat(frame: pd.DataFrame) -> pd.DataFrame:
-    """Index as columns, two header levels as one, a pruner named once."""
+    """Index as columns, two header levels as one, a group of rows named once."""
     flat = frame.copy()
-    flat.columns = pd.Index([" ".join(column) for column in frame.columns])
+    flat.columns = pd.Index([" ".join(column).strip() for column in frame.columns])
+    group = str(frame.index.names[0])
     flat = flat.reset_index()
-    flat["pruner"] = flat["pruner"].where(flat["pruner"] != flat["pruner"].shift(), "")
+    flat[group] = flat[group].where(flat[group] != flat[group].shift(), "")
     return flat
 
 

@@ -9,7 +9,10 @@ from sparsify.errors import SparsifyError, UsageError
 from sparsify.report import accuracy, table, write
 
 LAYOUT = plan.table_config("table2")
-SMALL = OmegaConf.merge(LAYOUT, {"tasks": ["boolq", "piqa"]})
+SHOWN = ("dense", "uniform", "OWL", "AlphaPruning", "DSA", "ATP")
+SMALL = OmegaConf.merge(
+    LAYOUT, {"tasks": ["boolq", "piqa"], "rows": [row for row in LAYOUT.rows if row.label in SHOWN]}
+)
 
 
 def cell(allocator, boolq, piqa, sparsity=0.7, pruner="wanda", limit=""):
@@ -111,3 +114,25 @@ def test_every_published_lead_has_a_row_of_the_table():
     assert len(paper) == 5
     assert set(paper["allocator"]) <= {row.get("paper") for row in LAYOUT.rows}
     assert all(paper["source"].str.startswith("ATP"))
+
+
+def test_the_report_is_made_from_published_rows(tmp_path):
+    from sparsify.report.__main__ import report
+
+    shared = {"model": "m", "scale": "embedded", "dtype": "float32", "calibration": "a text", "device": "cpu"}
+    rows = [
+        shared
+        | {"key": f"{i}", "sparsity": sparsity, "pruner": "wanda", "allocator": allocator, "commit": "c" * 40}
+        | {"evaluation": task, "metric": "acc", "protocol": f"{task}@0-shot", "value": value, "stderr": 0.07, "n": 50}
+        for i, (allocator, sparsity, value) in enumerate(
+            [("uniform", 0.0, 0.6), ("uniform", 0.7, 0.4), ("atp", 0.7, 0.5)]
+        )
+        for task in LAYOUT.tasks
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "table2_m_embedded.csv", index=False)
+    files = report("table2", [], tmp_path / "table2_m_embedded.csv")
+    text = files[0].read_text()
+    assert "| wanda    | uniform      | 40.00 ± 2.65 |                +10.00 |" in text
+    assert "Protocol mean of 7 tasks@0-shot; float32" in text
+    assert text.count("**Table 2. Mean zero-shot accuracy — m, embedded scale") == 2
+    assert r"40.00 $\pm$ 2.65" in files[2].read_text()

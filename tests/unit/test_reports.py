@@ -1,0 +1,105 @@
+"""Layouts that are not tables of perplexities: searches, seeds, beta."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from sparsify.report import beta_study, frame, search, seeds
+from sparsify.report.spread import Spread
+
+
+@pytest.fixture
+def searched():
+    """A grid of two trials and a search of three, at one sparsity."""
+    return pd.DataFrame(
+        [
+            {"key": "a", "sparsity": 0.7, "allocator": "grid", "heldout": 50.0, "test": 55.0}
+            | {"trials.heldout": "80|60", "trials.seconds": "1|2", "rank_correlation": math.nan},
+            {"key": "b", "sparsity": 0.7, "allocator": "evolution", "heldout": 40.0, "test": 44.0}
+            | {"trials.heldout": "90|inf|30", "trials.seconds": "0.5|1.5|4", "rank_correlation": 0.5},
+            {"key": "c", "sparsity": 0.7, "allocator": "uniform", "heldout": 99.0, "test": 110.0},
+        ]
+    )
+
+
+LAYOUT = OmegaConf.create(
+    {
+        "value": "test",
+        "reference": "grid",
+        "rows": [{"label": x, "where": {"allocator": x}} for x in ("uniform", "grid", "evolution")],
+    }
+)
+
+
+def test_searches_are_compared_at_equal_trials_and_equal_seconds(searched):
+    runs = search.runs_of(LAYOUT, searched)
+    table = search.summary(LAYOUT, runs)
+    rows = {label: list(table.loc[("70%", label)]) for label in ("uniform", "grid", "evolution")}
+    assert rows["uniform"] == ["", "", "", "", "", "99.00", "110.0", "+150%"]
+    assert rows["grid"] == ["2", "2", "60.00", "60.00", "", "50.00", "55.00", "+25%"]
+    # Two trials: 90 and one without a number; two seconds: the same two.
+    assert rows["evolution"] == ["3", "4", "90.00", "90.00", "0.50", "40.00", "44.00", "+0%"]
+
+
+def test_the_search_figure_is_drawn(searched, tmp_path):
+    files = search.figure(tmp_path, "search", LAYOUT, search.runs_of(LAYOUT, searched), "c4@8")
+    assert [file.suffix for file in files] == [".png", ".pdf"]
+    assert all(file.stat().st_size > 1000 for file in files)
+
+
+def test_a_spread_is_students_interval():
+    spread = Spread.of([1.0, 2.0, 3.0])
+    assert (spread.mean, spread.n) == (2.0, 3)
+    assert spread.half == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert str(spread) == "2.00 ± 2.48 (3)"
+    assert str(Spread.of([7.0])) == "7.00"
+
+
+def test_seeds_make_one_entry_per_text():
+    cells = pd.DataFrame(
+        {
+            "sparsity": 0.7,
+            "allocator": ["uniform"] * 3 + ["owl"],
+            "calibration": ["c4 train (x)", "c4 train (x)", "sotu train (x)", "c4 train (x)"],
+            "test": [10.0, 12.0, 20.0, 5.0],
+        }
+    )
+    layout = OmegaConf.create(
+        {"value": "test", "rows": [{"label": x, "where": {"allocator": x}} for x in ("owl", "uniform", "atp")]}
+    )
+    table = seeds.over_seeds(layout, cells)
+    assert list(table.index) == [("70%", "owl"), ("70%", "uniform")]
+    assert list(table.loc[("70%", "uniform")]) == [str(Spread.of([10.0, 12.0])), "20.00"]
+    assert list(table.loc[("70%", "owl")]) == ["5.00", ""]
+
+
+def test_the_beta_study_reads_grids_maximum_and_leak_off_the_curve():
+    betas = np.array([0.0, 0.002, 0.004, 0.006, 0.008])
+    cells = pd.DataFrame(
+        {
+            "pruner": "wanda",
+            "sparsity": 0.7,
+            "num_blocks": 30,
+            "allocator": ["uniform"] + ["atp"] * 4,
+            "allocator.beta": [math.nan, *betas[1:]],
+            "test": [90.0, 70.0, 60.0, 50.0, 65.0],
+            "heldout": [91.0, 71.0, 55.0, 61.0, 66.0],
+        }
+    )
+    layout = OmegaConf.create({"value": "test", "steps": [1, 2, 4], "pruners": ["sparsegpt", "wanda"]})
+    row = list(beta_study.studied(layout, cells).loc[("wanda", "70%")])
+    assert row == ["50.00", "60.00", "65.00", "0.004", "19%", "60.00", "50.00", "16.7%"]
+
+
+def test_parameters_that_share_a_column_with_text_are_numbers_again(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text(
+        "key,evaluation,metric,protocol,value,allocator.beta,allocator.M\n"
+        "1,test,perplexity,x,2,auto,5.0\n2,test,perplexity,x,3,0.004,\n"
+    )
+    rows = frame.read_long(file)
+    assert list(rows["allocator.beta"]) == ["auto", 0.004]
+    assert rows["allocator.M"].tolist()[0] == 5.0
