@@ -235,13 +235,19 @@ def _new_record(
 
 
 def _carried_over(old: dict[str, Any] | None, cell: Cell) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Evaluations of an earlier run of this cell: those still meant by their name, and those of other settings."""
-    valid, superseded = {}, list((old or {}).get("superseded", []))
-    for name, item in (old or {}).get("evaluations", {}).items():
-        if cell.evaluation_keys.get(name, item["key"]) == item["key"]:
-            valid[name] = item
+    """Evaluations of an earlier run of this cell: those still meant by their name, and those of other settings.
+
+    A setting that comes back (no limit after a limited look) finds its old result among the superseded ones.
+    """
+    known = [{"name": name, **item} for name, item in (old or {}).get("evaluations", {}).items()]
+    known += (old or {}).get("superseded", [])
+    valid, superseded = {}, []
+    for item in known:
+        name = item["name"]
+        if name not in valid and cell.evaluation_keys.get(name, item["key"]) == item["key"]:
+            valid[name] = {key: value for key, value in item.items() if key != "name"}
         else:
-            superseded.append({"name": name, **item})
+            superseded.append(item)
     return valid, superseded
 
 

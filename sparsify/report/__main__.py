@@ -16,7 +16,8 @@ from omegaconf import DictConfig
 from sparsify import cli, console, plan, registry
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.records import Store
-from sparsify.report import accuracy, beta_study, compare, curves, figures, frame, search, seeds, table, write
+from sparsify.report import accuracy, frame
+from sparsify.report.layouts import LAYOUTS, Page
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def report(name: str, overrides: list[str], rows: Path | None = None) -> list[Pa
     stem = f"{model.replace('/', '-')}_{scale}"
     title = f"{layout.title} — {model}, {scale} scale"
     notes = [*layout.notes, *_footer(cells, source, layout), *source.notes]
-    make = LAYOUTS[layout.get("layout", "perplexities")]
-    return make(layout, source, cells, f"{name}_{stem}", title, notes)
+    page = Page(layout, cells, source.rows, name, stem, title, notes, source.tables, source.figures)
+    return LAYOUTS[layout.get("layout", "perplexities")](page)
 
 
 def _from_records(name: str, overrides: list[str]) -> Source:
@@ -77,90 +78,6 @@ def _from_rows(file: Path) -> Source:
     remarks = file.with_name("notes.txt")
     notes = remarks.read_text(encoding="utf8").splitlines() if remarks.is_file() else []
     return Source(frame.read_long(file), None, file.parent, file.parent, tuple(notes))
-
-
-def _perplexities(
-    layout: DictConfig, source: Source, cells: pd.DataFrame, name: str, title: str, notes: list[str]
-) -> list[Path]:
-    sparse = cells[cells["sparsity"] > 0]
-    pruners = [p for p in registry.names("pruner") if p in set(sparse["pruner"])]
-    pruners.sort(key=lambda p: list(layout.pruners).index(p) if p in layout.pruners else len(layout.pruners))
-    found = table.entries(layout, cells, pruners, sorted(sparse["sparsity"].unique()))
-    paper = table.paper_numbers(layout)
-    shown = table.grid_frame(found, paper, _paper_models(layout, paper, str(cells["model"].iloc[0])))
-    protocol = str(cells[f"{layout.value}.protocol"].iloc[0])
-    files = write.write(source.tables, name, shown, source.rows, title, notes)
-    files += figures.dot_plot(source.tables, name, found, title, protocol)
-    stem = name.partition("_")[2]
-    if "beta_curve" in layout.figures and (cells["allocator"] == "atp").any():
-        files += figures.beta_curve(source.figures, f"beta_curve_{stem}", cells, layout.value, protocol)
-    for figure in (f for f in layout.figures if f.startswith("layer_profile") and not sparse.empty):
-        files += figures.layer_profile(source.figures, f"{figure}_{stem}", found, frame.profiles(cells))
-    return files
-
-
-def _comparison(
-    layout: DictConfig, source: Source, cells: pd.DataFrame, name: str, title: str, notes: list[str]
-) -> list[Path]:
-    return write.write(source.tables, name, compare.compared(layout, cells), source.rows, title, notes)
-
-
-def _curves(
-    layout: DictConfig, source: Source, cells: pd.DataFrame, name: str, title: str, notes: list[str]
-) -> list[Path]:
-    found = curves.lines(layout, cells)
-    shown = curves.summary(layout, found)
-    files = write.write(source.tables, name, shown, source.rows, title, notes)
-    return files + curves.figure(source.figures, name, layout, found, title)
-
-
-def _search(
-    layout: DictConfig, source: Source, cells: pd.DataFrame, name: str, title: str, notes: list[str]
-) -> list[Path]:
-    runs = search.runs_of(layout, cells)
-    files = write.write(source.tables, name, search.summary(layout, runs), source.rows, title, notes)
-    stem = name.partition("_")[2]
-    return files + search.figure(source.figures, f"search_{stem}", layout, runs, str(cells["heldout.protocol"].iloc[0]))
-
-
-def _seeds(
-    layout: DictConfig, source: Source, cells: pd.DataFrame, name: str, title: str, notes: list[str]
-) -> list[Path]:
-    return write.write(source.tables, name, seeds.over_seeds(layout, cells), source.rows, title, notes)
-
-
-def _accuracies(
-    layout: DictConfig, source: Source, cells: pd.DataFrame, name: str, title: str, notes: list[str]
-) -> list[Path]:
-    sparsities = sorted(s for s in cells["sparsity"].unique() if s)
-    pruners = [p for p in layout.pruners if p in set(cells["pruner"])]
-    found = table.entries(layout, cells, pruners, sparsities)
-    shown = accuracy.mean_frame(layout, found, cells)
-    tasks = f"{title}, by task", accuracy.task_frame(layout, found, cells)
-    return write.write(source.tables, name, shown, source.rows, title, notes, [tasks])
-
-
-def _beta_study(
-    layout: DictConfig, source: Source, cells: pd.DataFrame, name: str, title: str, notes: list[str]
-) -> list[Path]:
-    return write.write(source.tables, name, beta_study.studied(layout, cells), source.rows, title, notes)
-
-
-LAYOUTS = {
-    "perplexities": _perplexities,
-    "compare": _comparison,
-    "curves": _curves,
-    "search": _search,
-    "seeds": _seeds,
-    "accuracy": _accuracies,
-    "beta_study": _beta_study,
-}
-"""How a table is laid out, by the `layout` of its config."""
-
-
-def _paper_models(layout: DictConfig, paper: pd.DataFrame, model: str) -> list[str]:
-    """The paper columns: this very model's if the papers have it, else those the layout shows for orientation."""
-    return [model] if model in set(paper["model"]) else list(layout.paper_models)
 
 
 def _footer(cells: pd.DataFrame, source: Source, layout: DictConfig) -> list[str]:

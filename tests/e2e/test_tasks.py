@@ -78,6 +78,11 @@ def test_a_limit_makes_another_number(go, records, asked):
     assert asked[1:] == ["boolq", "boolq"]
     assert record["evaluations"]["boolq"]["protocol"] == "boolq@0-shot"
     assert [item["protocol"] for item in record["superseded"]] == ["boolq@0-shot, first 5"]
+    go("eval=zeroshot", "eval.tasks=[boolq]", "eval.limit=5")  # asked for before: nothing is measured again
+    (record,) = records().values()
+    assert asked[1:] == ["boolq", "boolq"]
+    assert record["evaluations"]["boolq"]["protocol"] == "boolq@0-shot, first 5"
+    assert [item["protocol"] for item in record["superseded"]] == ["boolq@0-shot"]
 
 
 def test_other_rows_make_another_number(go, asked, monkeypatch):
