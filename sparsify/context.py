@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsify.analysis.perturbation import Drift, Source, drift
 from sparsify.blocks import BlockView
 from sparsify.budget import apply_pattern
 from sparsify.errors import UsageError
@@ -77,6 +78,13 @@ class DenseContext:
         if self.heldout is None:
             raise UsageError("This allocator searches on held-out text", fix="pass heldout=<tokens> to sparsify.prune")
         return self.heldout[:windows]
+
+    def drift(self, source: Source, windows: int | None, seeds: int) -> Drift:
+        """What becomes of a disturbance of each block, on the first calibration windows."""
+        return self.once(  # type: ignore[no-any-return]
+            ("drift", source, windows, seeds),
+            lambda: drift(self.view, self.tokens[:windows], source, seeds=seeds, progress=self.progress),
+        )
 
     def screen(self, windows: int | None) -> AbstractContextManager[Screen]:
         """A screen on the first calibration windows; the model is dense again when it closes."""

@@ -36,6 +36,20 @@ def default_batch_size(device: torch.device, seqlen: int) -> int:
     return max(1, (2_048 if device.type == "cpu" else 16_384) // seqlen)
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Single-precision products in single precision: no TF32 in Gram matrices and updates, whatever the user set.
+
+    The released SparseGPT switches it off too (`torch.backends.cuda.matmul.allow_tf32 = False`).
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Walk:
     """Hidden states of all windows, standing before block `position`.
 
@@ -106,6 +120,13 @@ class Walk:
                 self.hidden[where] = out
             if i == 0 and taps is not None:
                 taps.end_learning()
+
+    @torch.no_grad()
+    def call(self, block: int, batch: int, hidden: Float[Tensor, "b seq dim"]) -> Float[Tensor, "b seq dim"]:
+        """The block's output for other hidden states of a batch; the walk stays where it stands."""
+        out = self._call(block, batch, hidden)
+        assert out is not None  # only taps make a block stop early
+        return out
 
     def _call(self, block: int, batch: int, hidden: Tensor) -> Tensor | None:
         """The block's output for a batch; None if the taps had seen enough before it was done."""

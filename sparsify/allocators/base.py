@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sparsify.analysis.perturbation import Drift, Source
     from sparsify.screen import Screen
     from sparsify.stats import LayerStats
 
@@ -41,6 +42,9 @@ class Context(Protocol):
 
     def heldout_tokens(self, windows: int | None) -> Tensor:
         """Token ids of the first held-out windows (all for None), [m, seqlen]; an error if there is no such text."""
+
+    def drift(self, source: Source, windows: int | None, seeds: int) -> Drift:
+        """What becomes of a disturbance of each block of the dense model, on the first calibration windows."""
 
     def screen(self, windows: int | None) -> AbstractContextManager[Screen]:
         """A screen of the model on the first calibration windows; the weights are put back when it closes."""

@@ -14,7 +14,7 @@ from sparsify.blocks import BlockView, Layer
 from sparsify.errors import NumericsError, SparsifyError, UsageError
 from sparsify.pruners.base import Pruner
 from sparsify.stats import LayerStats
-from sparsify.stream import Walk
+from sparsify.stream import Walk, full_precision
 from sparsify.types import SparsityPlan, Target
 
 REGIMES = ("propagated", "sequential", "dense")
@@ -133,20 +133,6 @@ class OneShot:
         else:
             stats = walk.observe(block, needs, advance=self.regime == "dense")
             yield from ((layers[name], stats[name]) for name in layers)
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Single-precision products in single precision: no TF32 in Gram matrices and updates, whatever the user set.
-
-    The released SparseGPT switches it off too (`torch.backends.cuda.matmul.allow_tf32 = False`).
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def prune_layer(layer: Layer, stats: LayerStats, pruner: Pruner, target: Target) -> LayerResult:

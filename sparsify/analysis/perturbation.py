@@ -1,0 +1,276 @@
+"""Disturb one block and follow what becomes of the disturbance down to the last block."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsify.blocks import BlockView
+from sparsify.errors import NumericsError, UsageError
+from sparsify.pruners.base import Pruner
+from sparsify.stream import Walk, full_precision
+from sparsify.types import Target
+
+Run = Callable[[Float[Tensor, "n seq dim"]], Float[Tensor, "n seq dim"]]
+"""The block at hand, applied to all windows."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A way to disturb one block of the dense model."""
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Refuse what the dtype cannot show.
+
+        Raises:
+            UsageError: the disturbance would drown in rounding.
+        """
+
+    def disturbed(
+        self, walk: Walk, block: int, run: Run, clean: Float[Tensor, "n seq dim"], draw: torch.Generator
+    ) -> Float[Tensor, "n seq dim"]:
+        """The block's output when the block is disturbed.
+
+        Args:
+            walk: the dense model, standing before the block.
+            block: its index.
+            run: calls it on hidden states.
+            clean: its output undisturbed.
+            draw: where random numbers come from.
+        """
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Gaussian noise: on hidden states relative to each token's norm, on weights relative to each matrix' norm.
+
+    Attributes:
+        eta: size: ||e|| = eta ||x|| for every token x (exactly), or for every weight matrix.
+        site: `output` or `input` of the block (the residual stream), the `attention` or `mlp` branch alone (relative to
+            what the branch adds), or the block's `weights`.
+    """
+
+    eta: float = 1e-2
+    site: Literal["output", "input", "attention", "mlp", "weights"] = "output"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eta < math.inf:
+            raise UsageError("eta is the relative size of the noise", got=self.eta, allowed="eta > 0")
+        if self.site not in ("output", "input", "attention", "mlp", "weights"):
+            raise UsageError("Unknown site", got=self.site, allowed="output, input, attention, mlp, weights")
+
+    def check(self, dtype: torch.dtype) -> None:
+        least = 4 * torch.finfo(dtype).eps
+        if self.eta < least:
+            raise UsageError(
+                f"Noise of this size drowns in the rounding of {str(dtype).removeprefix('torch.')}",
+                got=f"eta={self.eta:g}",
+                allowed=f"eta >= {least:.2g}",
+                fix="dtype=float32" if dtype != torch.float32 else "a larger eta",
+            )
+
+    def disturbed(
+        self, walk: Walk, block: int, run: Run, clean: Float[Tensor, "n seq dim"], draw: torch.Generator
+    ) -> Float[Tensor, "n seq dim"]:
+        if self.site == "output":
+            return noisy(clean, self.eta, draw)
+        if self.site == "input":
+            return run(noisy(walk.hidden, self.eta, draw))
+        if self.site == "weights":
+            with _replaced(walk.view, block, lambda weight: noisy(weight.flatten(), self.eta, draw).view_as(weight)):
+                return run(walk.hidden)
+        with _noisy_output(branch(walk.view.blocks[block], self.site), self.eta, draw):
+            return run(walk.hidden)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The block really pruned, on statistics of its own clean inputs: a disturbance of pruning's size and shape.
+
+    Attributes:
+        pruner: how.
+        sparsity: zeros of each of its matrices; None is for an allocator to fill in.
+    """
+
+    pruner: Pruner
+    sparsity: float | None = None
+
+    def check(self, dtype: torch.dtype) -> None:
+        if self.sparsity is None or not 0 < self.sparsity < 1:
+            raise UsageError("A pruned block has some zeros", got=self.sparsity, allowed="0 < sparsity < 1")
+
+    def disturbed(
+        self, walk: Walk, block: int, run: Run, clean: Float[Tensor, "n seq dim"], draw: torch.Generator
+    ) -> Float[Tensor, "n seq dim"]:
+        stats = walk.observe(block, self.pruner.needs) if self.pruner.needs else {}
+        assert self.sparsity is not None  # `check` refused it
+        target = Target(self.sparsity)
+        layers = walk.view.layers_of(block)
+        new = {x.spec.name: self.pruner.prune(x.weight, stats[x.spec.name], target).weight for x in layers}
+        queue = iter(layers)
+        with _replaced(walk.view, block, lambda _: new[next(queue).spec.name]):
+            return run(walk.hidden)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What became of a disturbance: one entry per injection block l, later block k, seed and window; NaN for k < l.
+
+    Attributes:
+        relative: ||h'_k - h_k|| / ||h_k||, mean over the tokens of a window, [injected, blocks, seeds, windows].
+        frobenius: the same of the window's states as one matrix.
+        cosine: of h'_k and h_k, mean over tokens.
+        norm: ||h_k|| of the dense model, mean over tokens, [blocks, windows].
+        injected: the blocks l.
+    """
+
+    relative: Float[Tensor, "injected blocks seeds windows"]
+    frobenius: Float[Tensor, "injected blocks seeds windows"]
+    cosine: Float[Tensor, "injected blocks seeds windows"]
+    norm: Float[Tensor, "blocks windows"]
+    injected: tuple[int, ...]
+
+
+@torch.no_grad()
+def drift(
+    view: BlockView,
+    tokens: Int[Tensor, "n seq"],
+    source: Source,
+    *,
+    blocks: tuple[int, ...] | None = None,
+    seeds: int = 1,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Drift:
+    """Disturb each block in turn and compare with the clean run at every later block; one pass over the text.
+
+    All disturbed copies travel together: block k is applied to the clean states and to those disturbed at l < k. States
+    are in the model's dtype (use float32), differences in double precision. A seed gives the same noise whatever the
+    blocks chosen and the batch size.
+
+    Args:
+        view: the dense model; its weights and hooks are what they were when this returns or raises.
+        tokens: token ids, [n, seqlen].
+        source: the disturbance.
+        blocks: blocks to disturb; None for all.
+        seeds: draws of the noise.
+        batch_size: windows per forward; None picks one for the device.
+        progress: told after each block.
+
+    Raises:
+        UsageError: no such block, or a disturbance below the dtype's resolution.
+        NumericsError: a state is not finite; the message names the block.
+    """
+    source.check(view.layers[0].weight.dtype)
+    total = len(view.blocks)
+    injected = tuple(range(total)) if blocks is None else tuple(sorted(set(blocks)))
+    if not injected or not 0 <= injected[0] <= injected[-1] < total:
+        raise UsageError("No such block", got=blocks, allowed=f"0 to {total - 1}")
+    shape = (len(injected), total, seeds, len(tokens))
+    found = {name: torch.full(shape, math.nan, dtype=torch.float64) for name in ("relative", "frobenius", "cosine")}
+    norms = torch.zeros(total, len(tokens), dtype=torch.float64)
+    with full_precision():
+        walk = Walk(view, tokens, batch_size)
+        copies: dict[tuple[int, int], Tensor] = {}
+        for block in range(total):
+            run = _runner(walk, block)
+            clean = run(walk.hidden)
+            copies = {key: run(state) for key, state in copies.items()}
+            for seed in range(seeds if block in injected else 0):
+                draw = torch.Generator(view.device).manual_seed(seed * total + block)
+                copies[injected.index(block), seed] = source.disturbed(walk, block, run, clean, draw)
+            for (i, seed), state in copies.items():
+                for name, values in _compared(state, clean).items():
+                    found[name][i, block, seed] = values.cpu()
+            norms[block] = clean.double().norm(dim=-1).mean(-1).cpu()
+            _check_finite(found["relative"][:, block], norms[block], block)
+            walk.hidden = clean
+            progress(block + 1, total)
+    return Drift(**found, norm=norms, injected=injected)
+
+
+def _runner(walk: Walk, block: int) -> Run:
+    """The block on hidden states of all windows, batch by batch, leaving the walk where it stands."""
+
+    def run(hidden: Float[Tensor, "n seq dim"]) -> Float[Tensor, "n seq dim"]:
+        return torch.cat([walk.call(block, i, hidden[where]) for i, where in enumerate(walk.batches)])
+
+    return run
+
+
+def noisy(x: Float[Tensor, "*rows dim"], eta: float, draw: torch.Generator) -> Float[Tensor, "*rows dim"]:
+    """`x` plus Gaussian noise whose norm is `eta` times that of each row."""
+    noise = torch.randn(x.shape, generator=draw, device=x.device, dtype=torch.float32)
+    scale = eta * x.float().norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+    return (x.float() + scale * noise).to(x.dtype)
+
+
+def branch(block: nn.Module, site: str) -> nn.Module:
+    """The attention or MLP module of a block, by its name.
+
+    Raises:
+        UsageError: the block has no such module, or several.
+    """
+    words = {"attention": ("attn", "attention"), "mlp": ("mlp", "ffn", "feed_forward")}[site]
+    found = [
+        module
+        for name, module in block.named_children()
+        if any(word in name.lower() for word in words) and any(isinstance(m, nn.Linear) for m in module.modules())
+    ]
+    if len(found) != 1:
+        names = ", ".join(name for name, _ in block.named_children())
+        raise UsageError(
+            f"The {site} branch of this model's blocks was not found", got=names, fix="site=output, input or weights"
+        )
+    return found[0]
+
+
+@contextmanager
+def _noisy_output(module: nn.Module, eta: float, draw: torch.Generator) -> Iterator[None]:
+    def disturb(_module: nn.Module, _args: object, out: object) -> object:
+        if isinstance(out, tuple):
+            return (noisy(out[0], eta, draw), *out[1:])
+        assert isinstance(out, Tensor)
+        return noisy(out, eta, draw)
+
+    handle = module.register_forward_hook(disturb)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _replaced(view: BlockView, block: int, new: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Other weights in every matrix of a block, in order; put back whatever happens."""
+    layers = view.layers_of(block)
+    before = [layer.weight.clone() for layer in layers]
+    try:
+        for layer, weight in zip(layers, before, strict=True):
+            layer.write(new(weight).to(weight.dtype))
+        yield
+    finally:
+        for layer, weight in zip(layers, before, strict=True):
+            layer.write(weight)
+
+
+def _compared(state: Float[Tensor, "n seq dim"], clean: Float[Tensor, "n seq dim"]) -> dict[str, Tensor]:
+    """Measures of one disturbed copy, each [n]."""
+    h, difference = clean.double(), state.double() - clean.double()
+    token = difference.norm(dim=-1) / h.norm(dim=-1).clamp_min(1e-300)
+    return {
+        "relative": token.mean(-1),
+        "frobenius": difference.flatten(1).norm(dim=1) / h.flatten(1).norm(dim=1).clamp_min(1e-300),
+        "cosine": F.cosine_similarity(state.double(), h, dim=-1).mean(-1),
+    }
+
+
+def _check_finite(relative: Tensor, norm: Tensor, block: int) -> None:
+    if torch.isinf(relative).any() or not torch.isfinite(norm).all():
+        raise NumericsError(f"The hidden states after block {block} are not finite", fix="dtype=float32")

@@ -1,0 +1,270 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import ellipe
+from torch import nn
+
+from sparsify import registry
+from sparsify.allocators.absorption import AbsorptionCorrected
+from sparsify.allocators.arithmetic import Arithmetic
+from sparsify.analysis.absorption import Reading, absorption
+from sparsify.analysis.perturbation import Drift, Noise, Pruned, branch, drift, noisy
+from sparsify.blocks import BlockView
+from sparsify.budget import weighted_mean
+from sparsify.context import DenseContext
+from sparsify.errors import UsageError
+
+SITES = ("output", "input", "attention", "mlp", "weights")
+
+
+class ToyBlock(nn.Module):
+    def __init__(self, matrix):
+        super().__init__()
+        self.linear = nn.Linear(*matrix.shape, bias=False)
+        self.linear.weight.data = matrix
+
+    def forward(self, hidden_states, **_):
+        return hidden_states + self.linear(hidden_states)
+
+
+class Toy(nn.Module):
+    """Residual blocks on a stream that starts as the first unit vector for every token."""
+
+    _no_split_modules = ("ToyBlock",)
+
+    def __init__(self, *matrices):
+        super().__init__()
+        self.embed = nn.Embedding.from_pretrained(torch.eye(len(matrices[0]))[:1])
+        self.layers = nn.ModuleList(ToyBlock(m) for m in matrices)
+
+    @property
+    def base_model(self):
+        return self
+
+    def forward(self, tokens, use_cache=False):
+        hidden = self.embed(tokens)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+def hooks(view):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in view.model.modules())
+
+
+@pytest.fixture
+def toy():
+    """The second block doubles the stream and leaves the other direction alone."""
+    return BlockView(Toy(torch.zeros(2, 2), torch.diag(torch.tensor([1.0, 0.0]))))
+
+
+def test_a_toys_coefficient_is_the_one_by_hand(toy):
+    found = drift(toy, torch.zeros(100, 100, dtype=torch.long), Noise(1e-3), seeds=2)
+    # h = (1, 0) becomes (2, 0); noise eta (cos, sin) becomes eta (2 cos, sin): relative to the stream, the mean over
+    # the circle of sqrt(cos^2 + sin^2 / 4) is a complete elliptic integral.
+    r = 2 / math.pi * ellipe(0.75)
+    measured = absorption(found)
+    assert measured.r.tolist() == pytest.approx([r, 1.0], rel=3e-3)
+    assert measured.pass_through.tolist() == pytest.approx([0.5, 1.0])
+    assert measured.excess.tolist() == pytest.approx([2 * r, 1.0], rel=3e-3)
+    u = math.log(r)
+    assert measured.D.tolist() == pytest.approx([-u / 2, u / 2], abs=3e-3)
+    assert found.relative[0, 0].flatten().tolist() == pytest.approx([1e-3] * 200, rel=1e-3)
+    assert torch.isnan(found.relative[1, 0]).all()
+
+
+def test_the_pass_through_of_a_stream_that_grows_and_nothing_else():
+    view = BlockView(Toy(*[torch.eye(3)] * 4))  # every block doubles whatever it gets
+    measured = absorption(drift(view, torch.zeros(2, 5, dtype=torch.long), Noise(1e-2)))
+    assert measured.r.tolist() == pytest.approx([1.0] * 4, rel=1e-4)
+    assert measured.pass_through.tolist() == pytest.approx([1 / 8, 1 / 4, 1 / 2, 1])
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_drift_is_that_of_two_whole_forwards(make_model, tokens, site):
+    """Follow one disturbance by hand: the model run with the block's output replaced."""
+    view = BlockView(make_model(num_hidden_layers=3))
+    noise, kept, block = Noise(0.05, site), {}, view.blocks[1]
+    found = drift(view, tokens, noise, blocks=(1,))
+    spied = noise.disturbed
+
+    class Spy(Noise):
+        def disturbed(self, *arguments):
+            kept["out"] = spied(*arguments)
+            return kept["out"]
+
+    drift(view, tokens, Spy(0.05, site), blocks=(1,))
+    clean = view.model.model(tokens, output_hidden_states=True).hidden_states
+    handle = block.register_forward_hook(lambda *_: kept["out"])
+    states = []
+    last = view.blocks[2].register_forward_hook(lambda _m, _a, out: states.append(out))
+    view.model.model(tokens)
+    handle.remove()
+    last.remove()
+    before_norm = []
+    spy = view.blocks[2].register_forward_hook(lambda _m, _a, out: before_norm.append(out))
+    view.model.model(tokens)
+    spy.remove()
+    for k, (state, true) in {1: (kept["out"], clean[2]), 2: (states[0], before_norm[0])}.items():
+        expected = (state - true).double().norm(dim=-1) / true.double().norm(dim=-1)
+        torch.testing.assert_close(found.relative[0, k, 0], expected.mean(-1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("source", [*(Noise(0.01, site) for site in SITES), "pruned"])
+def test_the_model_is_left_alone_even_by_an_exception(make_model, tokens, source, monkeypatch):
+    view = BlockView(make_model())
+    dense = view.snapshot()
+    source = Pruned(registry.build("pruner", "wanda"), 0.5) if source == "pruned" else source
+    drift(view, tokens, source)
+    monkeypatch.setattr("sparsify.analysis.perturbation._compared", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        drift(view, tokens, source)
+    assert hooks(view) == 0
+    assert all(torch.equal(dense[x.spec.name], x.weight) for x in view.layers)
+    assert not any("forward" in vars(block) for block in view.blocks)
+
+
+def test_a_pruned_block_drifts_as_far_as_its_sparsity(make_model, tokens):
+    view = BlockView(make_model())
+    wanda = registry.build("pruner", "wanda")
+    sizes = [float(drift(view, tokens, Pruned(wanda, s)).relative[0, 0].mean()) for s in (0.1, 0.5, 0.9)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] > 0
+
+
+def test_noise_has_exactly_the_size_asked_for():
+    x = torch.randn(4, 7, 16) * torch.rand(4, 7, 1) * 100
+    e = noisy(x, 0.3, torch.Generator().manual_seed(0)) - x
+    torch.testing.assert_close(e.norm(dim=-1), 0.3 * x.norm(dim=-1))
+
+
+def test_the_same_seed_gives_the_same_drift_whatever_the_batches_and_blocks(make_model, tokens):
+    view = BlockView(make_model())
+    whole = drift(view, tokens, Noise(0.1), seeds=2, batch_size=5)
+    torch.testing.assert_close(
+        drift(view, tokens, Noise(0.1), seeds=2, batch_size=2).relative, whole.relative, equal_nan=True
+    )
+    part = drift(view, tokens, Noise(0.1), seeds=2, blocks=(1,))
+    torch.testing.assert_close(part.relative[0], whole.relative[1], equal_nan=True)
+    assert not torch.equal(whole.relative[0, 1, 0], whole.relative[0, 1, 1])
+
+
+def test_noise_below_the_resolution_is_refused(make_model, tokens):
+    view = BlockView(make_model().half())
+    with pytest.raises(UsageError, match=r"rounding of float16.*dtype=float32"):
+        drift(view, tokens, Noise(1e-4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(Noise, {"eta": 0.0}), (Noise, {"eta": math.inf}), (Reading, {"clip": 0.0})]
+)
+def test_settings_out_of_range_are_refused(kind, options):
+    with pytest.raises(UsageError):
+        kind(**options)
+
+
+def test_unknown_blocks_and_branches_are_refused(toy):
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(UsageError, match="No such block"):
+        drift(toy, tokens, Noise(0.1), blocks=(2,))
+    with pytest.raises(UsageError, match="attention branch"):
+        branch(toy.blocks[0], "attention")
+    with pytest.raises(UsageError, match="every block"):
+        absorption(drift(toy, tokens, Noise(0.1), blocks=(0,)))
+
+
+def made(relative):
+    measure = torch.tensor(relative, dtype=torch.float64)
+    return Drift(measure, 2 * measure, measure, torch.ones(len(measure), measure.shape[-1]).double(), (0, 1))
+
+
+def test_readings_differ_where_the_paper_is_open():
+    nan = math.nan
+    found = made([[[[1.0, 2.0]], [[2.0, 2.0]]], [[[nan, nan]], [[1.0, 4.0]]]])  # R_0: 1, 2; R_L: 2, 2
+    assert absorption(found).r.tolist() == pytest.approx([1.5, 1.0])
+    assert absorption(found, Reading("ratio_of_means")).r.tolist() == pytest.approx([4 / 3, 1.0])
+    assert absorption(found, Reading("geometric")).r.tolist() == pytest.approx([math.sqrt(2), 1.0])
+    assert absorption(found, Reading(norm="frobenius")).r.tolist() == pytest.approx([1.5, 1.0])
+    u = math.log(1.5)
+    assert absorption(found, Reading(last=False)).D.tolist() == pytest.approx([0.0, u])
+    assert absorption(found, Reading(clip=0.1)).u.tolist() == pytest.approx([0.1, 0.0])
+    deep = torch.full((3, 3, 1, 1), 4.0).double()
+    deep[[0, 1, 2], [0, 1, 2]] = 1.0
+    three = Drift(deep, deep, deep, torch.ones(3, 1).double(), (0, 1, 2))
+    assert absorption(three, Reading(per_depth=True)).r.tolist() == pytest.approx([2.0, 4.0, 1.0])
+    assert np.isclose(float(absorption(three).D.sum()), 0.0)
+
+
+def context_of(view, tokens, losses=None, **options):
+    """A context whose objective is a table of losses by the first block's sparsity, in the order asked."""
+    asked = []
+
+    def objective(plan):
+        asked.append(plan)
+        return losses[len(asked) - 1]
+
+    return DenseContext(view, tokens, try_plan=objective, heldout=tokens, **options), asked
+
+
+@pytest.fixture
+def view(make_model):
+    return BlockView(make_model(num_hidden_layers=4))
+
+
+def spent(plan, view):
+    return weighted_mean([plan.targets[x.name].sparsity for x in view.table], [x.numel for x in view.table])
+
+
+def by_block(plan, view):
+    return np.array([plan.targets[view.layers_of(b)[0].spec.name].sparsity for b in range(len(view.blocks))])
+
+
+@pytest.mark.parametrize("control", ["none", "flipped", "permuted", "ramp"])
+def test_the_correction_is_d_over_its_bound_and_keeps_the_budget(view, tokens, control):
+    context, _ = context_of(view, tokens)
+    allocator = AbsorptionCorrected(Arithmetic(0.02), 0.3, Noise(0.1), windows=3, control=control)
+    plan = allocator.allocate(view.table, 0.5, context)
+    assert spent(plan, view) == pytest.approx(0.5)
+    base = by_block(Arithmetic(0.02).allocate(view.table, 0.5, context), view)
+    moved = by_block(plan, view) - base
+    d = absorption(drift(view, tokens[:3], Noise(0.1))).D.numpy() / (2 * math.log(3))
+    expected = {"none": d, "flipped": -d, "ramp": np.linspace(-1, 1, 4) * np.sqrt((d**2).mean() / (5 / 9))}
+    shift = np.array(plan.notes["correction"])
+    if control == "permuted":
+        assert sorted(shift) == pytest.approx(sorted(d))
+    else:
+        assert shift == pytest.approx(expected[control])
+    assert moved - moved.mean() == pytest.approx(0.3 * (shift - shift.mean()))
+    assert np.abs(0.3 * shift).max() <= 0.3
+
+
+def test_strength_zero_is_the_inner_allocation(view, tokens):
+    context, _ = context_of(view, tokens)
+    plan = AbsorptionCorrected(Arithmetic(0.02), 0.0).allocate(view.table, 0.5, context)
+    assert plan.sparsities() == pytest.approx(Arithmetic(0.02).allocate(view.table, 0.5, context).sparsities())
+
+
+def test_the_strength_is_chosen_on_heldout_text(view, tokens):
+    context, asked = context_of(view, tokens, losses=[9.0, 7.0, 8.0])
+    plan = AbsorptionCorrected(Arithmetic(0.0), grid=[0.0, 0.2, 0.4]).allocate(view.table, 0.5, context)
+    assert (plan.notes["strength"], len(asked)) == (0.2, 3)
+    assert [trial["heldout_perplexity"] for trial in plan.trials] == [9.0, 7.0, 8.0]
+    assert plan.targets == asked[1].targets
+
+
+def test_a_pruned_block_takes_the_wanted_sparsity(view, tokens):
+    context, _ = context_of(view, tokens)
+    wanda = registry.build("pruner", "wanda")
+    open_ended = AbsorptionCorrected(Arithmetic(0.0), 0.2, Pruned(wanda)).allocate(view.table, 0.6, context)
+    given = AbsorptionCorrected(Arithmetic(0.0), 0.2, Pruned(wanda, 0.6)).allocate(view.table, 0.6, context)
+    assert open_ended.sparsities() == given.sparsities()
+    with pytest.raises(UsageError, match="some zeros"):
+        drift(view, tokens, Pruned(wanda))
+
+
+@pytest.mark.parametrize("options", [{"strength": -0.1}, {"grid": []}, {"grid": [-1.0]}, {"seeds": 0}])
+def test_a_correction_out_of_range_is_refused(options):
+    with pytest.raises(UsageError):
+        AbsorptionCorrected(**options)
