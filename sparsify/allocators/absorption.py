@@ -36,7 +36,7 @@ class AbsorptionCorrected:
     tried in full and the lowest perplexity on held-out calibration text wins; zero is among them.
 
     Attributes:
-        inner: the allocator that is corrected.
+        inner: the allocator that is corrected; None for OWL as it is by default.
         strength: largest change of a block's sparsity, or `auto`.
         source: the disturbance; a pruned block without a sparsity takes the wanted one.
         reading: how coefficients are read off the drift.
@@ -47,7 +47,7 @@ class AbsorptionCorrected:
             or a linear `ramp` over depth of the same root mean square.
     """
 
-    inner: Allocator = field(default_factory=OWL)
+    inner: Allocator | None = None
     strength: float | Literal["auto"] = "auto"
     source: Source = field(default_factory=Noise)
     reading: Reading = field(default_factory=Reading)
@@ -67,10 +67,10 @@ class AbsorptionCorrected:
             raise UsageError("A grid of strengths and at least one draw are needed", got=f"{self.grid}, {self.seeds}")
 
     def check(self, wanted: float, num_blocks: int) -> None:
-        self.inner.check(wanted, num_blocks)
+        (self.inner or OWL()).check(wanted, num_blocks)
 
     def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
-        base = self.inner.allocate(layers, wanted, context)
+        base = (self.inner or OWL()).allocate(layers, wanted, context)
         if wanted == 0:
             return base
         source = self.source
