@@ -130,12 +130,20 @@ def apply_pattern(plan: SparsityPlan, layers: LayerTable, pattern: Pattern) -> S
                 allowed=f"sparsity <= {1 - 1 / pattern.group:g}",
                 fix=f"pattern=mixed:{2 * pattern.group}, or a lower sparsity",
             )
-        levels = _round_to_levels(plan, layers, pattern.group)
+        levels = _round_to_levels(_within_pattern(plan, layers, pattern.group), layers, pattern.group)
     targets = {name: Target(1 - kept / pattern.group, kept, pattern.group) for name, kept in levels.items()}
     mean = weighted_mean([targets[layer.name].sparsity for layer in layers], [layer.numel for layer in layers])
     old = plan.ledger
     ledger = Ledger(old.wanted, old.raw, old.clipped, mean, old.num_clipped)
     return SparsityPlan(targets, ledger, plan.trials, plan.notes)
+
+
+def _within_pattern(plan: SparsityPlan, layers: LayerTable, group: int) -> SparsityPlan:
+    """The plan with no layer beyond keeping one of every `group`; what those layers give up, the others take on."""
+    high = 1 - 1 / group
+    if max(plan.sparsities().values()) <= high:
+        return plan
+    return fit_plan(layers, plan.sparsities(), min(plan.ledger.clipped, high), high=high)
 
 
 def _check_widths(layers: LayerTable, group: int) -> None:

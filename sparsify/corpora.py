@@ -56,11 +56,12 @@ class Corpus:
     def fingerprint(self, split: str) -> dict[str, str]:
         """What identifies the text without reading a machine path: local content hash, or hub revision."""
         found = self._local(split)
+        columns = {} if tuple(self.columns) == ("text",) else {"columns": ",".join(self.columns)}
         if found:
             place, files = found
-            return {"corpus": self.name, "split": split, "source": place, "sha256": _hash_files(tuple(files))}
+            return {"corpus": self.name, "split": split, "source": place, "sha256": _hash_files(tuple(files))} | columns
         if self.hub is not None and split in self.hub.splits:
-            return {"corpus": self.name, "split": split, "source": f"{self.hub.id}@{self.hub.revision}"}
+            return {"corpus": self.name, "split": split, "source": f"{self.hub.id}@{self.hub.revision}"} | columns
         raise self._nowhere(split)
 
     def _files(self, split: str) -> list[Path]:

@@ -239,12 +239,12 @@ def _carried_over(old: dict[str, Any] | None, cell: Cell) -> tuple[dict[str, Any
 
     A setting that comes back (no limit after a limited look) finds its old result among the superseded ones.
     """
-    known = [{"name": name, **item} for name, item in (old or {}).get("evaluations", {}).items()]
-    known += (old or {}).get("superseded", [])
-    valid, superseded = {}, []
-    for item in known:
+    current = (old or {}).get("evaluations", {})
+    valid = {name: item for name, item in current.items() if cell.evaluation_keys.get(name, item["key"]) == item["key"]}
+    superseded = []
+    for item in [{"name": n, **x} for n, x in current.items() if n not in valid] + (old or {}).get("superseded", []):
         name = item["name"]
-        if name not in valid and cell.evaluation_keys.get(name, item["key"]) == item["key"]:
+        if name not in valid and cell.evaluation_keys.get(name) == item["key"]:
             valid[name] = {key: value for key, value in item.items() if key != "name"}
         else:
             superseded.append(item)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from sparsify.allocators.base import Context
+from sparsify.allocators.base import Context, finite_or_none
 from sparsify.budget import fit_plan
 from sparsify.errors import NumericsError, UsageError
 from sparsify.types import LayerTable, SparsityPlan
@@ -61,7 +61,7 @@ class Arithmetic:
         best: tuple[float, float, SparsityPlan] | None = None
         for beta in beta_grid(wanted, layers.num_blocks, self.step):
             plan = replace(self, beta=beta).allocate(layers, wanted, context)
-            score = _finite_or_none(context, plan)
+            score = finite_or_none(context, plan)
             trials.append({"beta": beta, "heldout_perplexity": score})
             if score is not None and (best is None or score < best[0]):
                 best = score, beta, plan
@@ -93,15 +93,6 @@ class RelativeProgression:
         beta = self.fraction * legal_maximum(wanted, layers.num_blocks) if layers.num_blocks > 1 else 0.0
         plan = Arithmetic(beta).allocate(layers, wanted, context)
         return SparsityPlan(plan.targets, plan.ledger, notes={"beta": beta})
-
-
-def _finite_or_none(context: Context, plan: SparsityPlan) -> float | None:
-    """The objective, or None for a plan that breaks the model: a trial may fail without ending the search."""
-    try:
-        score = context.objective(plan)
-    except NumericsError:
-        return None
-    return score if math.isfinite(score) else None
 
 
 def progression(wanted: float, beta: float, num_blocks: int) -> list[float]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from sparsify.budget import fit_plan
+from sparsify.errors import NumericsError
 from sparsify.types import LayerTable, SparsityPlan
 
 if TYPE_CHECKING:
@@ -106,3 +108,12 @@ def outlier_plan(
     by_block = [s if s > 0 else 0.01 for s in outlier_mapping(signal, width, wanted)]
     plan = fit_plan(layers, layers.spread(by_block), wanted, low=min(0.01, wanted))
     return SparsityPlan(plan.targets, plan.ledger, notes=notes)
+
+
+def finite_or_none(context: Context, plan: SparsityPlan) -> float | None:
+    """The objective, or None for a plan that breaks the model: a trial may fail without ending the search."""
+    try:
+        score = context.objective(plan)
+    except NumericsError:
+        return None
+    return score if math.isfinite(score) else None

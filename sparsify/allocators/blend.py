@@ -41,6 +41,10 @@ class Blend(Searching):
         super().__post_init__()
         if not self.parts:
             raise UsageError("A blend needs parts", fix="allocator.parts: {owl: {...}, alphapruning: {...}}")
+        if self.algorithm in ("grid", "golden"):
+            raise UsageError(
+                "A blend has several weights", got=f"algorithm={self.algorithm}", allowed="random, tpe, evolution"
+            )
         if self.weights != "auto" and set(self.weights) != set(self.parts):
             raise UsageError(
                 "A blend needs one weight per part",
@@ -50,6 +54,7 @@ class Blend(Searching):
             )
 
     def check(self, wanted: float, num_blocks: int) -> None:
+        self.check_budget(wanted)
         for part in self.parts.values():
             part.check(wanted, num_blocks)
 

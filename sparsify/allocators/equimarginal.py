@@ -12,6 +12,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from sparsify.allocators.base import Allocator, Context
+from sparsify.allocators.searching import HIGH
 from sparsify.allocators.uniform import Uniform
 from sparsify.budget import fit_plan
 from sparsify.errors import NumericsError, UsageError
@@ -36,8 +37,9 @@ class Equimarginal:
     for each. Every step moves sparsity from layers in which a zero costs more than the mean to those in which it
     costs less; every `settle_every` steps the masks are settled by a propagated walk, and the best settled plan wins.
 
-    Ours; no paper. The trials use Wanda's masks whatever the cell's pruner is. The text is the cell's calibration and
-    held-out text, never the test set.
+    Ours; no paper. The trials use unstructured Wanda masks whatever the cell's pruner and pattern are. The text is the
+    cell's calibration and held-out text, never the test set. Gradients of all matrices are held at once, beside the
+    dense weights and their ranks: some five times the memory of the weights, and the activations of `batch` windows.
 
     Attributes:
         start: the allocator to start from.
@@ -72,10 +74,16 @@ class Equimarginal:
                 f"band={self.band}",
                 allowed="steps, batch, settle_every >= 1, 0 < rate < 0.5, 0 < band < 1",
             )
+        if self.windows is not None and self.windows < 1:
+            raise UsageError("windows is a number of calibration windows", got=self.windows, allowed=">= 1, or null")
         if not 0 <= self.momentum < 1:
             raise UsageError("momentum is a share", got=self.momentum, allowed="0 <= momentum < 1")
 
     def check(self, wanted: float, num_blocks: int) -> None:
+        if wanted > HIGH:
+            raise UsageError(
+                "The descent moves sparsity between layers", got=f"sparsity={wanted}", allowed=f"<= {HIGH}"
+            )
         self.start.check(wanted, num_blocks)
 
     def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:

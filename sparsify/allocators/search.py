@@ -40,10 +40,17 @@ class Search(Searching):
         super().__post_init__()
         if self.space not in ("beta", "block", "layer"):
             raise UsageError("Unknown search space", got=self.space, allowed="beta, block, layer")
+        if self.algorithm in ("grid", "golden") and self.space != "beta":
+            raise UsageError(
+                f"algorithm={self.algorithm} varies one number", got=f"space={self.space}", allowed="space=beta"
+            )
+        if not 0 < self.reach < 1 or not self.step > 0:
+            raise UsageError("reach and step are positive", got=f"reach={self.reach}, step={self.step}")
         if not self.rules:
             raise UsageError("A search starts from at least one rule", fix="leave `rules` as it is")
 
     def check(self, wanted: float, num_blocks: int) -> None:
+        self.check_budget(wanted)
         for rule in self.rules.values():
             rule.check(wanted, num_blocks)
 
@@ -53,7 +60,7 @@ class Search(Searching):
 
     def _space(self, layers: LayerTable, wanted: float, context: Context) -> spaces.Space:
         if self.space == "beta":
-            limit = legal_maximum(wanted, layers.num_blocks)
+            limit = legal_maximum(wanted, layers.num_blocks) if layers.num_blocks > 1 else 0.0
             return spaces.progressions(layers, wanted, limit, beta_grid(wanted, layers.num_blocks, self.step))
         starts = rule_profiles(self.rules, layers, wanted, context)
         return spaces.groups(layers, self.space, starts, self.reach)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy.stats import spearmanr
 
-from sparsify.allocators.base import Allocator, Context
+from sparsify.allocators.base import Allocator, Context, finite_or_none
 from sparsify.budget import fit_plan
 from sparsify.errors import NumericsError, UsageError
 from sparsify.search.algorithms import ALGORITHMS
@@ -21,6 +21,8 @@ from sparsify.search.spaces import Space
 from sparsify.types import LayerTable, SparsityPlan
 
 Trial = dict[str, float | None]
+HIGH = 0.99
+"""No layer is pruned beyond this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,23 +52,29 @@ class Searching:
             raise UsageError("Unknown search algorithm", got=self.algorithm, allowed=", ".join(ALGORITHMS))
         if self.statistics not in ("dense", "propagated"):
             raise UsageError("Unknown statistics of a trial", got=self.statistics, allowed="dense, propagated")
-        for name in ("trials", "finalists"):
-            if getattr(self, name) < 2:
-                raise UsageError(f"{name} is a number of plans", got=getattr(self, name), allowed=">= 2")
+        for name, least in {"trials": 2, "finalists": 2, "windows": 1, "heldout": 1}.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise UsageError(f"{name} is a number of things to try", got=getattr(self, name), allowed=f">= {least}")
+
+    def check_budget(self, wanted: float) -> None:
+        """Refuse a budget that leaves no room between the bounds of a layer.
+
+        Raises:
+            UsageError: more zeros than the bound of a layer, 0.99.
+        """
+        if wanted > HIGH:
+            raise UsageError("A search moves sparsity between layers", got=f"sparsity={wanted}", allowed=f"<= {HIGH}")
 
     def best_plan(self, layers: LayerTable, wanted: float, context: Context, space: Space) -> SparsityPlan:
         """The finalist with the lowest held-out perplexity, with the log of all trials and how the rankings agree."""
         log, plans = self._screened(layers, wanted, context, space)
         order = sorted(range(len(log)), key=lambda i: _or_infinite(log[i]["heldout_perplexity"]))
-        rerun = {i: context.objective(plans[i]) for i in self._chosen(order)}
-        best = min(rerun, key=lambda i: rerun[i])
-        if not math.isfinite(rerun[best]):
+        rerun = {i: finite_or_none(context, plans[i]) for i in self._chosen(order)}
+        best = min(rerun, key=lambda i: _or_infinite(rerun[i]))
+        if rerun[best] is None:
             raise NumericsError("No plan of the search gave a finite perplexity", got=rerun, fix="a lower sparsity")
-        pairs = [(_or_infinite(log[i]["heldout_perplexity"]), full) for i, full in rerun.items()]
-        notes = {
-            "finalists": [{"trial": i, "screened": a, "full": b} for i, (a, b) in zip(rerun, pairs, strict=True)],
-            "rank_correlation": float(spearmanr(pairs).statistic) if len(pairs) > 2 else None,
-        }
+        finalists = [{"trial": i, "screened": log[i]["heldout_perplexity"], "full": full} for i, full in rerun.items()]
+        notes = {"finalists": finalists, "rank_correlation": _agreement(finalists)}
         return SparsityPlan(plans[best].targets, plans[best].ledger, tuple(log), notes)
 
     def _screened(
@@ -98,6 +106,15 @@ class Searching:
         rest = order[len(top) :]
         count = min(self.finalists - len(top), len(rest))
         return top + [rest[round(i)] for i in np.linspace(0, len(rest) - 1, count)]
+
+
+def _agreement(finalists: Sequence[Mapping[str, float | int | None]]) -> float | None:
+    """Spearman's correlation of the two rankings; None where one of them ranks nothing."""
+    pairs = [(_or_infinite(f["screened"]), _or_infinite(f["full"])) for f in finalists]
+    screened, full = zip(*pairs, strict=True)
+    if len(set(screened)) < 2 or len(set(full)) < 2 or len(pairs) < 3:
+        return None
+    return float(spearmanr(screened, full).statistic)
 
 
 def _perplexity(loss: float) -> float | None:

@@ -42,7 +42,7 @@ def _protocol(tags: list[str]) -> str:
 def mean_frame(layout: DictConfig, found: list[Entry], cells: pd.DataFrame) -> pd.DataFrame:
     """The means in percent by row and sparsity, then what the row `layout.gain` has more: ours, and in the papers."""
     paper = paper_numbers(layout)
-    sparsities = sorted({entry.sparsity for entry in found if entry.sparsity})
+    sparsities = sorted({entry.sparsity for entry in found if entry.sparsity}) or [0.0]
     errors = dict(zip(cells["key"], cells[f"{layout.value}.stderr"], strict=True))
     best = {(entry.pruner, entry.sparsity): entry.value for entry in found if entry.label == layout.gain}
     published = list(dict.fromkeys(zip(paper["model"], paper["sparsity"], strict=True)))

@@ -91,7 +91,7 @@ def grid_frame(found: list[Entry], paper: pd.DataFrame, paper_models: list[str])
 
     An entry that has not run is an en dash; a number that the papers do not give (or we could not find) is blank.
     """
-    sparsities = sorted({e.sparsity for e in found if e.sparsity})
+    sparsities = sorted({e.sparsity for e in found if e.sparsity}) or [0.0]
     rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
     for entry in found:
         cells = rows.setdefault((entry.pruner, entry.label), {})

@@ -20,11 +20,18 @@ def grid(objective: Objective, space: Space, trials: int, rng: np.random.Generat
     """Every point of the space's grid, in order (ATP's Algorithm 1 on its betas).
 
     Raises:
-        UsageError: the space has no grid.
+        UsageError: the space has no grid, or one of more points than there are trials.
     """
     if space.grid is None:
         raise UsageError("A grid search needs a space of one parameter", allowed="space=beta", fix="algorithm=random")
-    for point in space.grid[:trials]:
+    if len(space.grid) > trials:
+        raise UsageError(
+            "The grid has more points than the search may try",
+            got=f"trials={trials}",
+            allowed=f">= {len(space.grid)}",
+            fix=f"allocator.trials={len(space.grid)}, or a larger allocator.step",
+        )
+    for point in space.grid:
         objective(point)
 
 

@@ -167,3 +167,12 @@ def test_an_unstructured_plan_passes_through(row_table):
     table = row_table([3])
     plan = SparsityPlan({table.layers[0].name: Target(0.3)}, Ledger(0.3, 0.3, 0.3, 0.3))
     assert apply_pattern(plan, table, Pattern()) is plan
+
+
+@pytest.mark.parametrize("wanted", [0.7, 0.8, 0.85, 0.875])
+def test_mixed_levels_keep_the_budget_where_layers_want_more_than_the_pattern_allows(make_table, wanted):
+    table = make_table(*([(4, 8)] for _ in range(30)))
+    plan = fit_plan(table, profile_of(table, [wanted + (0.2 if i < 15 else -0.2) for i in range(30)]), wanted)
+    rounded = apply_pattern(plan, table, Pattern.parse("mixed:8"))
+    assert zeros_of(rounded, table) == pytest.approx(wanted, abs=1 / 8 / 30 / 2 + 1e-9)
+    assert min(target.kept for target in rounded.targets.values()) == 1

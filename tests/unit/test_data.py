@@ -196,3 +196,11 @@ def test_an_empty_text_is_refused(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(DataError, match="empty"):
         Corpus("a", path=str(tmp_path / "a.txt")).texts("test")
+
+
+def test_columns_of_a_row_make_a_document(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        '{"ask": "why", "more": "", "answer": "so"}\n{"ask": "b", "more": "c", "answer": "d"}\n'
+    )
+    corpus = Corpus("rows", path=str(tmp_path / "rows.jsonl"), columns=("ask", "more", "answer"))
+    assert corpus.texts("train") == ["why\nso", "b\nc\nd"]

@@ -194,3 +194,12 @@ def test_every_task_is_an_evaluation_of_its_own(cell):
     config.eval.limit = None
     changed = {name for name, key in identity.evaluation_keys(config).items() if key != keys[name]}
     assert changed == {"boolq", "piqa"}
+
+
+def test_other_columns_of_the_same_file_are_another_text(cell, data):
+    (data / "alpaca_gpt4").mkdir()
+    (data / "alpaca_gpt4" / "sample.jsonl.gz").write_text("not read, only hashed")
+    config = cell("data@calibration.text=alpaca_gpt4")
+    before = identity.run_key(config)
+    config.calibration.text.columns = ["output"]
+    assert identity.run_key(config) != before

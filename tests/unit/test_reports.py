@@ -103,3 +103,11 @@ def test_parameters_that_share_a_column_with_text_are_numbers_again(tmp_path):
     rows = frame.read_long(file)
     assert list(rows["allocator.beta"]) == ["auto", 0.004]
     assert rows["allocator.M"].tolist()[0] == 5.0
+
+
+def test_a_table_of_the_dense_model_alone():
+    from sparsify.report.table import Entry, grid_frame
+
+    paper = pd.DataFrame(columns=["model", "pruner", "allocator", "sparsity", "value"])
+    table = grid_frame([Entry("", "dense", 0.0, 21.6, "", "a", "dense")], paper, [])
+    assert table.iloc[0].tolist() == ["21.60"]

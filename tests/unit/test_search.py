@@ -1,3 +1,4 @@
+import json
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from sparsify.allocators.search import Search
 from sparsify.allocators.uniform import Uniform
 from sparsify.blocks import BlockView
 from sparsify.budget import fit_plan, weighted_mean
-from sparsify.errors import UsageError
+from sparsify.errors import NumericsError, UsageError
 from sparsify.methods.oneshot import OneShot
 from sparsify.screen import Screen, row_ranks
 from sparsify.search import spaces
@@ -70,7 +71,7 @@ class FakeContext:
     def _never(self, *_):
         raise AssertionError("a search does not ask for this")
 
-    weights = dense_stats = dense_blocks = hidden_states = input_norms = once = _never
+    weights = dense_stats = dense_blocks = hidden_states = input_norms = drift = once = _never
 
 
 @pytest.fixture
@@ -174,6 +175,44 @@ def test_the_winner_is_the_best_finalist_in_full_not_the_best_trial(context):
     assert chosen["screened"] == max(f["screened"] for f in plan.notes["finalists"])
 
 
+def test_a_plan_that_breaks_the_model_does_not_end_the_search(context):
+    full, calls = context.objective, []
+
+    def objective(plan):
+        calls.append(plan)
+        if len(calls) == 1:
+            raise NumericsError("The perplexity is not finite")
+        return full(plan)
+
+    context.objective = objective
+    plan = Search(space="block", trials=20, finalists=4).allocate(TABLE, 0.5, context)
+    assert [f["full"] is None for f in plan.notes["finalists"]] == [True, False, False, False]
+    json.dumps(plan.notes, allow_nan=False)
+
+
+def test_a_ranking_of_equals_correlates_with_nothing(context):
+    context.objective = lambda plan: 3.0
+    plan = Search(space="block", trials=20, finalists=4).allocate(TABLE, 0.5, context)
+    assert plan.notes["rank_correlation"] is None
+    context.screened.loss = lambda tokens: math.inf
+    plan = Blend(trials=8, parts={"depth": RelativeProgression()}).allocate(TABLE, 0.5, context)
+    assert {f["screened"] for f in plan.notes["finalists"]} == {None}
+    json.dumps([plan.notes, plan.trials], allow_nan=False)
+
+
+@pytest.mark.parametrize("algorithm", ["grid", "golden", "random", "evolution"])
+def test_a_model_of_one_block_has_one_beta(context, algorithm):
+    one = LayerTable(TABLE.layers[:2])
+    context.screened.best = {layer.name: 0.5 for layer in one}
+    plan = Search(space="beta", algorithm=algorithm, trials=4, finalists=2).allocate(one, 0.5, context)
+    assert set(plan.sparsities().values()) == {0.5}
+
+
+def test_a_grid_is_never_cut_short(context):
+    with pytest.raises(UsageError, match="more points"):
+        Search(space="beta", algorithm="grid", step=0.01, trials=5).allocate(TABLE, 0.5, context)
+
+
 def test_dense_statistics_settle_once_and_propagated_ones_every_trial(context):
     Search(space="block", trials=12, finalists=2).allocate(TABLE, 0.5, context)
     assert context.screened.settled == 1
@@ -191,6 +230,13 @@ def test_a_beta_search_tries_the_grid(context):
     ("what", "options"),
     [
         (Search, {"trials": 1}),
+        (Search, {"windows": 0}),
+        (Search, {"heldout": 0}),
+        (Search, {"algorithm": "golden"}),
+        (Search, {"reach": 0.0}),
+        (Search, {"space": "beta", "algorithm": "grid", "step": 0.0}),
+        (Blend, {"algorithm": "grid"}),
+        (Equimarginal, {"windows": -2}),
         (Search, {"rules": {}}),
         (Blend, {"parts": {}}),
         (Blend, {"weights": {"owl": 1.0}}),
@@ -203,6 +249,12 @@ def test_a_beta_search_tries_the_grid(context):
 def test_settings_out_of_range_are_refused(what, options):
     with pytest.raises(UsageError):
         what(**options)
+
+
+@pytest.mark.parametrize("allocator", [Search(), Blend(), Equimarginal()])
+def test_a_budget_beyond_the_bound_of_a_layer_is_refused_at_once(allocator):
+    with pytest.raises(UsageError, match=r"<= 0\.99"):
+        allocator.check(0.995, 6)
 
 
 @pytest.mark.parametrize("groups", ["layer", "block"])
