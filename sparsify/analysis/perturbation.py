@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sparsify.blocks import BlockView
 from sparsify.errors import NumericsError, UsageError
+from sparsify.loss import batch_size_for
 from sparsify.pruners.base import Pruner
 from sparsify.stream import Walk, full_precision
 from sparsify.types import Target
@@ -176,7 +177,7 @@ def drift(
     found = {name: torch.full(shape, math.nan, dtype=torch.float64) for name in ("relative", "frobenius", "cosine")}
     norms = torch.zeros(total, len(tokens), dtype=torch.float64)
     with full_precision():
-        walk = Walk(view, tokens, batch_size)
+        walk = Walk(view, tokens, batch_size or batch_size_for(view.device, tokens.shape[1]))
         copies: dict[tuple[int, int], Tensor] = {}
         for block in range(total):
             run = _runner(walk, block)
