@@ -1,6 +1,7 @@
 """Statistics of a layer's input over the calibration text: fold batches in, finalise once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,3 +84,17 @@ class Accumulator:
     def finalise(self, samples: int) -> LayerStats:
         """The means so far; `samples` is the number of windows folded in."""
         return LayerStats(samples, self.square, self.gram)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Single-precision products in single precision: no TF32 in Gram matrices and updates, whatever the user set.
+
+    The released SparseGPT switches it off too (`torch.backends.cuda.matmul.allow_tf32 = False`).
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

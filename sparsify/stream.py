@@ -36,20 +36,6 @@ def default_batch_size(device: torch.device, seqlen: int) -> int:
     return max(1, (2_048 if device.type == "cpu" else 16_384) // seqlen)
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Single-precision products in single precision: no TF32 in Gram matrices and updates, whatever the user set.
-
-    The released SparseGPT switches it off too (`torch.backends.cuda.matmul.allow_tf32 = False`).
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 class Walk:
     """Hidden states of all windows, standing before block `position`.
 

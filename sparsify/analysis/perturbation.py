@@ -15,7 +15,8 @@ from sparsify.blocks import BlockView
 from sparsify.errors import NumericsError, UsageError
 from sparsify.loss import batch_size_for
 from sparsify.pruners.base import Pruner
-from sparsify.stream import Walk, full_precision
+from sparsify.stats import full_precision
+from sparsify.stream import Walk
 from sparsify.types import Target
 
 Run = Callable[[Float[Tensor, "n seq dim"]], Float[Tensor, "n seq dim"]]

@@ -13,8 +13,8 @@ from torch import Tensor
 from sparsify.blocks import BlockView, Layer
 from sparsify.errors import NumericsError, SparsifyError, UsageError
 from sparsify.pruners.base import Pruner
-from sparsify.stats import LayerStats
-from sparsify.stream import Walk, full_precision
+from sparsify.stats import LayerStats, full_precision
+from sparsify.stream import Walk
 from sparsify.types import SparsityPlan, Target
 
 REGIMES = ("propagated", "sequential", "dense")

@@ -53,17 +53,6 @@ class KnownAlphas(FakeContext):
         return self.alphas
 
 
-@pytest.fixture(scope="session")
-def blocks(make_table):
-    """L equal blocks of two matrices."""
-    return lambda number: make_table(*([[(8, 6), (4, 8)]] * number))
-
-
-@pytest.fixture
-def unequal(make_table):
-    return make_table([(12, 6)], [(3, 6), (5, 8)], [(20, 4)])
-
-
 def by_block(plan, table):
     values = {x.block: plan.targets[x.name].sparsity for x in table}
     assert all(plan.targets[x.name].sparsity == values[x.block] for x in table), "layers of a block differ"

@@ -69,17 +69,6 @@ class FakeContext(Context):
         ]
 
 
-@pytest.fixture(scope="session")
-def blocks(make_table):
-    """L equal blocks of two matrices."""
-    return lambda number: make_table(*([[(8, 6), (4, 8)]] * number))
-
-
-@pytest.fixture
-def unequal(make_table):
-    return make_table([(12, 6)], [(3, 6), (5, 8)], [(20, 4)])
-
-
 def by_block(plan, table):
     return [plan.targets[next(x.name for x in table if x.block == b)].sparsity for b in range(table.num_blocks)]
 

@@ -242,7 +242,7 @@ def test_bad_hyper_parameters_are_refused(pruner, options):
 
 
 def test_pruning_never_runs_in_tf32_and_puts_the_setting_back():
-    from sparsify.stream import full_precision
+    from sparsify.stats import full_precision
 
     torch.set_float32_matmul_precision("high")
     try:
