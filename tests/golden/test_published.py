@@ -7,7 +7,8 @@ import pytest
 
 from sparsify import paths
 
-PUBLISHED = sorted((paths.root() / "results" / "published").glob("*/*/*.csv"))
+TABLES = (paths.root() / "results" / "published").glob("*/*/*.md")
+PUBLISHED = sorted(file.with_suffix(".csv") for file in TABLES)
 TEXTS = (".md", ".csv", ".tex")
 
 
