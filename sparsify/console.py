@@ -86,7 +86,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-KNOBS = ("beta", "fraction", "space", "algorithm")
+KNOBS = ("beta", "fraction", "space", "algorithm", "strength")
 """Allocator parameters that tell the cells of a sweep apart."""
 
 
@@ -94,8 +94,11 @@ def describe(science: Mapping[str, Any]) -> str:
     """A cell in a few words: `smollm2-135m, wanda + atp(beta=0.01), 70%`."""
     if science["sparsity"] == 0:
         return f"{science['model']['name']}, dense"
-    allocator = registry.name_of("allocator", science["allocator"])
-    knobs = [f"{k}={science['allocator'][k]}" for k in KNOBS if science["allocator"].get(k) is not None]
+    node = science["allocator"]
+    allocator = registry.name_of("allocator", node)
+    knobs = [registry.name_of("allocator", node["inner"])] if node.get("inner") else []
+    knobs += [f"{k}={node[k]}" for k in KNOBS if node.get(k) is not None]
+    knobs += [node["control"]] if node.get("control", "none") != "none" else []
     knob = f"({', '.join(knobs)})" if knobs else ""
     pattern = "" if science["pattern"] == "unstructured" else f" {science['pattern']}"
     what = f"{registry.name_of('pruner', science['pruner'])} + {allocator}{knob}"

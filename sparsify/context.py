@@ -1,8 +1,10 @@
 """What an allocator may ask about the dense model, answered lazily and remembered."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ class DenseContext:
         tokens: calibration token ids, [n, seqlen].
         batch_size: windows per forward.
         try_plan: held-out perplexity after pruning by a plan, leaving the model dense again.
-        memo: answers so far; pass the same dict again for the same model and text.
+        memo: answers so far; pass the same dict again for the same model, whatever the text.
         pruner: prunes the blocks of `input_norms`.
         pattern: that trial plans are rounded to.
         heldout: token ids that searches score on, [m, seqlen].
@@ -90,10 +92,16 @@ class DenseContext:
         """A screen on the first calibration windows; the model is dense again when it closes."""
         return Screen(self.view, self.view.snapshot(), self.tokens[:windows]).closing()
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self.memo:
-            self.memo[key] = make()
-        return self.memo[key]
+    def once(self, key: Any, make: Callable[[], Any], *, of_weights: bool = False) -> Any:
+        place = key if of_weights else (self._text, key)
+        if place not in self.memo:
+            self.memo[place] = make()
+        return self.memo[place]
+
+    @cached_property
+    def _text(self) -> str:
+        """The calibration text, for answers that depend on it."""
+        return hashlib.sha256(self.tokens.cpu().numpy().tobytes()).hexdigest()
 
     def dense_blocks(self, needs: frozenset[str]) -> Iterator[Mapping[str, LayerStats]]:
         walk = Walk(self.view, self.tokens, self.batch_size)

@@ -107,7 +107,7 @@ def prune_model(
         heldout: text for allocators that search, [m, seqlen].
         batch_size: windows per forward.
         dense: a snapshot of the dense weights, if there is one already.
-        memo: dense-model answers shared between calls with the same model and text.
+        memo: dense-model answers shared between calls with the same model.
         seed: of allocators that draw.
         progress: told after each block, in a search of every trial.
     """

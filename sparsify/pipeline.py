@@ -81,12 +81,15 @@ def _check_whole(name: str, value: Any, least: int) -> None:
 
 @dataclass
 class Bench:
-    """A dense model kept between the cells of a process: restored from a copy, never loaded twice."""
+    """A dense model kept between the cells of a process: restored from a copy, never loaded twice.
+
+    `memo` holds what allocators have asked about it.
+    """
 
     loaded: Loaded
     view: BlockView
     dense: dict[str, torch.Tensor]
-    memos: dict[str, dict[Any, Any]] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
     cuts: dict[str, TokenWindows] = field(default_factory=dict)
 
     def cut(self, windows: Windows, seed: int) -> TokenWindows:
@@ -105,10 +108,6 @@ class Bench:
             self.dense,
             config.batch_size,
         )
-
-    def memo(self, tokens: TokenWindows) -> dict[Any, Any]:
-        """Answers about the dense model on this calibration text."""
-        return self.memos.setdefault(tokens.provenance["tokens_sha256"], {})
 
 
 @lru_cache(maxsize=1)
@@ -204,7 +203,7 @@ def _prune(cell: Cell, stand: Bench, calibration: TokenWindows, progress: Callab
         heldout=heldout.tokens,
         batch_size=cell.config.batch_size,
         dense=stand.dense,
-        memo=stand.memo(calibration),
+        memo=stand.memo,
         seed=cell.config.seed,
         progress=progress,
     )

@@ -81,8 +81,7 @@ def build(group: str, spec: Spec) -> Any:
             )
         return spec
     name, options = spec
-    config = OmegaConf.load(find(group, name))
-    assert isinstance(config, DictConfig)
+    config = composed(group, name)
     known = sorted(str(key) for key in config if not str(key).startswith("_"))
     for key in options:
         if key not in known:
@@ -94,6 +93,18 @@ def build(group: str, spec: Spec) -> Any:
                 fix=f"did you mean {near[0]}" if near else None,
             )
     return make(OmegaConf.merge(config, dict(options)))
+
+
+def composed(group: str, name: str) -> DictConfig:
+    """An option's YAML with the components that its defaults list puts inside (`/group@place: name`)."""
+    config = OmegaConf.load(find(group, name))
+    assert isinstance(config, DictConfig)
+    for item in config.pop("defaults", ()):
+        if OmegaConf.is_dict(item):
+            ((key, inner),) = item.items()
+            inner_group, _, place = str(key).removeprefix("/").partition("@")
+            config[place] = composed(inner_group, inner)
+    return config
 
 
 def published(path: str, default: Any, *, _root_: DictConfig) -> Any:

@@ -59,6 +59,12 @@ class Walk:
     def __len__(self) -> int:
         return len(self.hidden)
 
+    def to(self, dtype: torch.dtype) -> "Walk":
+        """The same walk with hidden states and block arguments of another dtype; the blocks are left as they are."""
+        self.hidden = self.hidden.to(dtype)
+        self.calls = [[_cast(call, dtype) for call in calls] for calls in self.calls]
+        return self
+
     @torch.no_grad()
     def advance(self, block: int) -> None:
         """Replace the hidden states by the block's outputs."""
@@ -132,6 +138,15 @@ class Walk:
                 if where.stop - where.start == self.batches[0].stop
             )
         )
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors inside nested arguments in another dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return type(value)(_cast(item, dtype) for item in value) if type(value) in (tuple, list) else value
 
 
 def _first(out: Any) -> Tensor:

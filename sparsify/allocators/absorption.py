@@ -13,7 +13,7 @@ from numpy import ndarray
 from sparsify.allocators.base import Allocator, Context
 from sparsify.allocators.owl import OWL
 from sparsify.analysis.absorption import Reading, absorption
-from sparsify.analysis.perturbation import Noise, Pruned, Source
+from sparsify.analysis.perturbation import Pruned, Source
 from sparsify.budget import fit_plan
 from sparsify.errors import NumericsError, UsageError
 from sparsify.types import LayerTable, SparsityPlan
@@ -36,9 +36,10 @@ class AbsorptionCorrected:
     tried in full and the lowest perplexity on held-out calibration text wins; zero is among them.
 
     Attributes:
-        inner: the allocator that is corrected; None for OWL as it is by default.
+        inner: the allocator that is corrected.
         strength: largest change of a block's sparsity, or `auto`.
-        source: the disturbance; a pruned block without a sparsity takes the wanted one.
+        source: the disturbance; a pruned block without a sparsity takes the wanted one. By default a block is really
+            pruned: the abstract speaks of perturbations of pruning's scale. The notes have noise of eta = 0.01.
         reading: how coefficients are read off the drift.
         windows: calibration windows that are disturbed; None for all.
         seeds: draws of the noise.
@@ -47,13 +48,13 @@ class AbsorptionCorrected:
             or a linear `ramp` over depth of the same root mean square.
     """
 
-    inner: Allocator | None = None
+    inner: Allocator = field(default_factory=OWL)
     strength: float | Literal["auto"] = "auto"
-    source: Source = field(default_factory=Noise)
+    source: Source = field(default_factory=Pruned)
     reading: Reading = field(default_factory=Reading)
     windows: int | None = 8
     seeds: int = 1
-    grid: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.4, 0.8])
+    grid: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.8, 1.6])
     control: Literal["none", "flipped", "permuted", "ramp"] = "none"
     version: int = 1
 
@@ -67,10 +68,10 @@ class AbsorptionCorrected:
             raise UsageError("A grid of strengths and at least one draw are needed", got=f"{self.grid}, {self.seeds}")
 
     def check(self, wanted: float, num_blocks: int) -> None:
-        (self.inner or OWL()).check(wanted, num_blocks)
+        self.inner.check(wanted, num_blocks)
 
     def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
-        base = (self.inner or OWL()).allocate(layers, wanted, context)
+        base = self.inner.allocate(layers, wanted, context)
         if wanted == 0:
             return base
         source = self.source

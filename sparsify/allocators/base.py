@@ -59,8 +59,8 @@ class Context(Protocol):
     def progress(self) -> Callable[[int, int], None]:
         """To be told (trials done, trials in all)."""
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """`make()`, computed once per dense model and remembered across cells."""
+    def once(self, key: Any, make: Callable[[], Any], *, of_weights: bool = False) -> Any:
+        """`make()`, computed once per dense model and text (or per model, where it is `of_weights` alone)."""
 
 
 @runtime_checkable

@@ -50,7 +50,7 @@ class AlphaPruning:
         """Nothing to refuse before the spectra are known."""
 
     def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
-        alphas = context.once(("alpha", self.estimator), lambda: self._alphas(context))
+        alphas = context.once(("alpha", self.estimator), lambda: self._alphas(context), of_weights=True)
         signal = alphas if self.mapping == "layer" else _block_means(layers, alphas)
         profile = spectral_profile(layers, signal, self.tau, wanted)
         if not self.clip:

@@ -3,18 +3,18 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparsify.blocks import BlockView
 from sparsify.errors import NumericsError, UsageError
 from sparsify.loss import batch_size_for
 from sparsify.pruners.base import Pruner
+from sparsify.pruners.wanda import Wanda
 from sparsify.stats import full_precision
 from sparsify.stream import Walk
 from sparsify.types import Target
@@ -56,14 +56,19 @@ class Noise:
         eta: size: ||e|| = eta ||x|| for every token x (exactly), or for every weight matrix.
         site: `output` or `input` of the block (the residual stream), the `attention` or `mlp` branch alone (relative to
             what the branch adds), or the block's `weights`.
+        spared: leading tokens that are left alone. One token of most models carries a massive activation, which all
+            others attend to: noise relative to its norm is a disturbance of another kind.
     """
 
     eta: float = 1e-2
     site: Literal["output", "input", "attention", "mlp", "weights"] = "output"
+    spared: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.eta < math.inf:
             raise UsageError("eta is the relative size of the noise", got=self.eta, allowed="eta > 0")
+        if self.spared < 0 or (self.spared and self.site == "weights"):
+            raise UsageError("spared is a number of tokens, which weights do not have", got=self.spared, fix="spared=0")
         if self.site not in ("output", "input", "attention", "mlp", "weights"):
             raise UsageError("Unknown site", got=self.site, allowed="output, input, attention, mlp, weights")
 
@@ -81,14 +86,18 @@ class Noise:
         self, walk: Walk, block: int, run: Run, clean: Float[Tensor, "n seq dim"], draw: torch.Generator
     ) -> Float[Tensor, "n seq dim"]:
         if self.site == "output":
-            return noisy(clean, self.eta, draw)
+            return self._add(clean, draw)
         if self.site == "input":
-            return run(noisy(walk.hidden, self.eta, draw))
+            return run(self._add(walk.hidden, draw))
         if self.site == "weights":
             with _replaced(walk.view, block, lambda weight: noisy(weight.flatten(), self.eta, draw).view_as(weight)):
                 return run(walk.hidden)
-        with _noisy_output(branch(walk.view.blocks[block], self.site), self.eta, draw):
+        with _changed_output(branch(walk.view.blocks[block], self.site), lambda out: self._add(out, draw)):
             return run(walk.hidden)
+
+    def _add(self, x: Float[Tensor, "n seq dim"], draw: torch.Generator) -> Float[Tensor, "n seq dim"]:
+        """Noise on every token but the spared ones."""
+        return torch.cat([x[:, : self.spared], noisy(x, self.eta, draw)[:, self.spared :]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ class Pruned:
         sparsity: zeros of each of its matrices; None is for an allocator to fill in.
     """
 
-    pruner: Pruner
+    pruner: Pruner = field(default_factory=Wanda)
     sparsity: float | None = None
 
     def check(self, dtype: torch.dtype) -> None:
@@ -128,14 +137,14 @@ class Drift:
         relative: ||h'_k - h_k|| / ||h_k||, mean over the tokens of a window, [injected, blocks, seeds, windows].
         frobenius: the same of the window's states as one matrix.
         cosine: of h'_k and h_k, mean over tokens.
-        norm: ||h_k|| of the dense model, mean over tokens, [blocks, windows].
+        norm: ||h_k|| of every token of the dense model, [blocks, windows, seq].
         injected: the blocks l.
     """
 
     relative: Float[Tensor, "injected blocks seeds windows"]
     frobenius: Float[Tensor, "injected blocks seeds windows"]
     cosine: Float[Tensor, "injected blocks seeds windows"]
-    norm: Float[Tensor, "blocks windows"]
+    norm: Float[Tensor, "blocks windows seq"]
     injected: tuple[int, ...]
 
 
@@ -152,9 +161,10 @@ def drift(
 ) -> Drift:
     """Disturb each block in turn and compare with the clean run at every later block; one pass over the text.
 
-    All disturbed copies travel together: block k is applied to the clean states and to those disturbed at l < k. States
-    are in the model's dtype (use float32), differences in double precision. A seed gives the same noise whatever the
-    blocks chosen and the batch size.
+    All disturbed copies travel together: block k is applied to the clean states and to those disturbed at l < k. Every
+    block runs in single precision whatever the model's (half precision rounds by 5e-4 and would drown a small
+    disturbance), sums are in double precision. A seed gives the same noise whatever the blocks chosen and the batch
+    size.
 
     Args:
         view: the dense model; its weights and hooks are what they were when this returns or raises.
@@ -166,31 +176,33 @@ def drift(
         progress: told after each block.
 
     Raises:
-        UsageError: no such block, or a disturbance below the dtype's resolution.
+        UsageError: no such block, or a disturbance below the resolution of single precision.
         NumericsError: a state is not finite; the message names the block.
     """
-    source.check(view.layers[0].weight.dtype)
+    dtype = torch.promote_types(view.layers[0].weight.dtype, torch.float32)
+    source.check(dtype)
     total = len(view.blocks)
     injected = tuple(range(total)) if blocks is None else tuple(sorted(set(blocks)))
     if not injected or not 0 <= injected[0] <= injected[-1] < total:
         raise UsageError("No such block", got=blocks, allowed=f"0 to {total - 1}")
     shape = (len(injected), total, seeds, len(tokens))
     found = {name: torch.full(shape, math.nan, dtype=torch.float64) for name in ("relative", "frobenius", "cosine")}
-    norms = torch.zeros(total, len(tokens), dtype=torch.float64)
+    norms = torch.zeros(total, *tokens.shape, dtype=torch.float64)
     with full_precision():
-        walk = Walk(view, tokens, batch_size or batch_size_for(view.device, tokens.shape[1]))
+        walk = Walk(view, tokens, batch_size or batch_size_for(view.device, tokens.shape[1])).to(dtype)
         copies: dict[tuple[int, int], Tensor] = {}
         for block in range(total):
             run = _runner(walk, block)
-            clean = run(walk.hidden)
-            copies = {key: run(state) for key, state in copies.items()}
-            for seed in range(seeds if block in injected else 0):
-                draw = torch.Generator(view.device).manual_seed(seed * total + block)
-                copies[injected.index(block), seed] = source.disturbed(walk, block, run, clean, draw)
+            with _in(dtype, view.blocks[block]):
+                clean = run(walk.hidden)
+                copies = {key: run(state) for key, state in copies.items()}
+                for seed in range(seeds if block in injected else 0):
+                    draw = torch.Generator(view.device).manual_seed(seed * total + block)
+                    copies[injected.index(block), seed] = source.disturbed(walk, block, run, clean, draw)
             for (i, seed), state in copies.items():
                 for name, values in _compared(state, clean).items():
                     found[name][i, block, seed] = values.cpu()
-            norms[block] = clean.double().norm(dim=-1).mean(-1).cpu()
+            norms[block] = _inner(clean, clean).sqrt().cpu()
             _check_finite(found["relative"][:, block], norms[block], block)
             walk.hidden = clean
             progress(block + 1, total)
@@ -204,6 +216,20 @@ def _runner(walk: Walk, block: int) -> Run:
         return torch.cat([walk.call(block, i, hidden[where]) for i, where in enumerate(walk.batches)])
 
     return run
+
+
+@contextmanager
+def _in(dtype: torch.dtype, module: nn.Module) -> Iterator[None]:
+    """A module with floating-point parameters and buffers of another dtype; afterwards it has the old tensors."""
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point() and t.dtype != dtype]
+    before = [t.data for t in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(dtype)
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
 
 
 def noisy(x: Float[Tensor, "*rows dim"], eta: float, draw: torch.Generator) -> Float[Tensor, "*rows dim"]:
@@ -234,12 +260,12 @@ def branch(block: nn.Module, site: str) -> nn.Module:
 
 
 @contextmanager
-def _noisy_output(module: nn.Module, eta: float, draw: torch.Generator) -> Iterator[None]:
+def _changed_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     def disturb(_module: nn.Module, _args: object, out: object) -> object:
         if isinstance(out, tuple):
-            return (noisy(out[0], eta, draw), *out[1:])
+            return (change(out[0]), *out[1:])
         assert isinstance(out, Tensor)
-        return noisy(out, eta, draw)
+        return change(out)
 
     handle = module.register_forward_hook(disturb)
     try:
@@ -264,13 +290,20 @@ def _replaced(view: BlockView, block: int, new: Callable[[Tensor], Tensor]) -> I
 
 def _compared(state: Float[Tensor, "n seq dim"], clean: Float[Tensor, "n seq dim"]) -> dict[str, Tensor]:
     """Measures of one disturbed copy, each [n]."""
-    h, difference = clean.double(), state.double() - clean.double()
-    token = difference.norm(dim=-1) / h.norm(dim=-1).clamp_min(1e-300)
+    off, size = _inner(state - clean, state - clean), _inner(clean, clean).clamp_min(1e-300)
+    old, new = size.sqrt(), _inner(state, state).clamp_min(1e-300).sqrt()
+    # 1 - cos by the difference: the plain formula loses an angle of 1e-4 in the rounding of single precision.
+    longer = (2 * _inner(clean, state - clean) + off) / (old + new)
     return {
-        "relative": token.mean(-1),
-        "frobenius": difference.flatten(1).norm(dim=1) / h.flatten(1).norm(dim=1).clamp_min(1e-300),
-        "cosine": F.cosine_similarity(state.double(), h, dim=-1).mean(-1),
+        "relative": (off / size).sqrt().mean(-1),
+        "frobenius": (off.sum(-1) / size.sum(-1)).sqrt(),
+        "cosine": 1 - ((off - longer.square()) / (2 * old * new)).mean(-1),
     }
+
+
+def _inner(a: Float[Tensor, "n seq dim"], b: Float[Tensor, "n seq dim"]) -> Float[Tensor, "n seq"]:
+    """Inner products of tokens, summed in double precision."""
+    return (a * b).sum(-1, dtype=torch.float64)
 
 
 def _check_finite(relative: Tensor, norm: Tensor, block: int) -> None:

@@ -19,6 +19,9 @@ REQUIRED = ("key", "evaluation", "metric", "protocol", "value")
 MEASUREMENT = ("evaluation", "metric", "protocol", "value", "text_sha256", "stderr", "n", "curve", "curve_stderr")
 """Columns of a long row that belong to the evaluation; all others describe the cell."""
 
+INNER = {"source": "perturbation", "pruner": "pruner"}
+"""Config groups of components inside others, by parameter; others are of the group they stand in."""
+
 
 def long(records: Iterable[Record]) -> pd.DataFrame:
     """One self-describing row per cell and evaluation: what `results/published` keeps and tables are made from.
@@ -56,8 +59,7 @@ def _cell(record: Record) -> dict[str, Any]:
     row: dict[str, Any] = {"key": record["key"], "model": science["model"]["name"], "achieved": record["sparsity"]}
     row |= {name: science[name] for name in ("scale", "dtype", "pattern", "sparsity", "seed")}
     for group in ("pruner", "allocator", "method"):
-        row[group] = registry.name_of(group, science[group])
-        row |= {f"{group}.{k}": _scalar(v) for k, v in science[group].items() if not k.startswith("_")}
+        row |= _component(group, group, science[group])
     profile = block_profile(record)
     row |= _trials(record.get("trials", []))
     if record.get("notes", {}).get("rank_correlation") is not None:
@@ -72,8 +74,19 @@ def _cell(record: Record) -> dict[str, Any]:
     return row
 
 
+def _component(column: str, group: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    """A component by its config name and every parameter; a component inside is named in its parameter's column."""
+    row = {column: registry.name_of(group, node)}
+    for name, value in node.items():
+        if isinstance(value, Mapping) and "_target_" in value:
+            row |= _component(f"{column}.{name}", INNER.get(name, group), value)
+        elif not name.startswith("_"):
+            row[f"{column}.{name}"] = _scalar(value)
+    return row
+
+
 def _scalar(value: Any) -> Any:
-    """A parameter as one CSV field: allocators inside allocators as JSON."""
+    """A parameter as one CSV field: lists, and components by names of the user's, as JSON."""
     return json.dumps(value, sort_keys=True) if isinstance(value, Mapping | list) else value
 
 
@@ -140,14 +153,14 @@ def wide(rows: pd.DataFrame) -> pd.DataFrame:
     """
     shared = [column for column in rows if column not in MEASUREMENT]
     cells = rows.drop_duplicates("key")[shared].set_index("key", drop=False)
+    measured: dict[str, pd.Series] = {}
     for name, part in rows.groupby("evaluation"):
         by_key = part.set_index("key")
-        cells[str(name)] = by_key["value"]
-        cells[f"{name}.protocol"] = by_key["protocol"]
+        measured |= {str(name): by_key["value"], f"{name}.protocol": by_key["protocol"]}
         for extra in ("stderr", "n", "curve", "curve_stderr"):
             if extra in by_key and by_key[extra].notna().any():
-                cells[f"{name}.{extra}"] = by_key[extra]
-    return cells.reset_index(drop=True)
+                measured[f"{name}.{extra}"] = by_key[extra]
+    return pd.concat([cells, pd.DataFrame(measured, index=cells.index)], axis=1).reset_index(drop=True)
 
 
 def profiles(cells: pd.DataFrame) -> dict[str, list[float]]:

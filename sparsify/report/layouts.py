@@ -10,7 +10,20 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from sparsify import registry
-from sparsify.report import accuracy, beta_study, compare, curves, figures, frame, search, seeds, table, write
+from sparsify.report import (
+    absorption,
+    accuracy,
+    beta_study,
+    compare,
+    correction,
+    curves,
+    figures,
+    frame,
+    search,
+    seeds,
+    table,
+    write,
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,28 @@ def beta_studied(page: Page) -> list[Path]:
     return page.write(beta_study.studied(page.layout, page.cells))
 
 
+def absorbed(page: Page) -> list[Path]:
+    """Coefficients by third of the depth, drifts, and r by block and scale."""
+    found = absorption.disturbances(page.layout, page.cells)
+    files = page.write(absorption.summary(found))
+    files += absorption.drift_figure(page.figures, f"drift_{page.stem}", page.layout, found, page.title)
+    return files + absorption.coefficient_figure(
+        page.figures, f"absorption_{page.stem}", page.layout, found, page.title
+    )
+
+
+def corrected(page: Page) -> list[Path]:
+    """Every rule plain, corrected and with controls; the paper's averages; strengths and profiles."""
+    layout, found = page.layout, correction.corrections(page.layout, page.cells)
+    accuracy_of = correction.accuracies(layout, page.cells)
+    averages = f"{page.title}: the paper's averages", correction.averages(layout, found, accuracy_of)
+    files = page.write(correction.summary(layout, found, accuracy_of), [averages])
+    protocol = str(page.cells[f"{layout.value}.protocol"].iloc[0])
+    strength, profile = (f"{kind}_{page.name}_{page.stem}" for kind in ("strength", "layer_profile"))
+    files += correction.strength_figure(page.figures, strength, layout, found, page.title, protocol)
+    return files + correction.profile_figure(page.figures, profile, layout, found, page.title)
+
+
 LAYOUTS: dict[str, Callable[[Page], list[Path]]] = {
     "perplexities": perplexities,
     "compare": comparison,
@@ -118,5 +153,7 @@ LAYOUTS: dict[str, Callable[[Page], list[Path]]] = {
     "seeds": over_seeds,
     "accuracy": accuracies,
     "beta_study": beta_studied,
+    "absorption": absorbed,
+    "correction": corrected,
 }
 """By the `layout` of a table's config; perplexities where it names none."""

@@ -70,7 +70,7 @@ def test_files_of_every_group_are_found(group, at_least):
 def test_every_folder_is_a_group_of_the_menu():
     menu = {re.split("[@ ]", next(iter(line)))[0] for line in load(paths.configs() / "config.yaml")["defaults"][:11]}
     folders = {file.relative_to(paths.configs()).parts[0] for file in FILES} - {"config.yaml", "local"}
-    assert folders == menu | {"table", "hydra"}
+    assert folders == menu | {"table", "hydra", "perturbation"}
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS)

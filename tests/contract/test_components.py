@@ -21,6 +21,7 @@ GROUPS = {"pruner": 4, "allocator": 13, "method": 1, "eval": 1, "logger": 2, "da
 FILES = [(group, name) for group in GROUPS for name in registry.names(group)]
 PRUNERS = registry.names("pruner")
 VERSIONED = ("pruner", "allocator", "method", "eval")
+SWEEPS = {("eval", "absorption")}  # many entries that differ from the defaults on purpose
 RESERVED = {"_target_", "defaults"}
 
 
@@ -35,9 +36,9 @@ def nodes(tree):
 
 def components(group, name):
     # An allocator's defaults may come from the model or the scale, which are absent here.
-    config = OmegaConf.load(registry.find(group, name))
-    base = [part for part in config.get("defaults", ()) if part != "_self_"]
-    found = list(nodes(OmegaConf.to_container(config, resolve=group == "allocator")))
+    listed = OmegaConf.load(registry.find(group, name)).get("defaults", ())
+    base = [part for part in listed if isinstance(part, str) and part != "_self_"]
+    found = list(nodes(OmegaConf.to_container(registry.composed(group, name), resolve=group == "allocator")))
     found += [node for part in base for node in components(group, part)]
     assert found, f"configs/{group}/{name}.yaml names no component"
     return found
@@ -66,10 +67,11 @@ def test_every_config_binds_to_its_component(group, name):
 
 @pytest.mark.parametrize(("group", "name"), [f for f in FILES if f[0] in VERSIONED])
 def test_a_config_shows_every_parameter_with_the_default_of_its_class(group, name):
+    free = ["${eval.limit}"]
     for node in components(group, name):
         for key, field in fields_of(node).items():
             assert key in node, f"{key} is missing"
-            if field.default is not dataclasses.MISSING and node[key] != "${eval.limit}":
+            if field.default is not dataclasses.MISSING and node[key] not in free and (group, name) not in SWEEPS:
                 assert node[key] == field.default, key
 
 

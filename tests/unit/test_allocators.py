@@ -36,7 +36,7 @@ class FakeContext(Context):
     def objective(self, plan):
         return self.measure(plan)
 
-    def once(self, key, make):
+    def once(self, key, make, *, of_weights=False):
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
@@ -49,7 +49,7 @@ class KnownAlphas(FakeContext):
         super().__init__(table)
         self.alphas = {x.name: alpha(x.block) for x in table}
 
-    def once(self, key, make):
+    def once(self, key, make, *, of_weights=False):
         return self.alphas
 
 

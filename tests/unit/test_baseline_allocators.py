@@ -54,7 +54,7 @@ class FakeContext(Context):
     def input_norms(self, plan, windows):
         yield from self.moved(plan)
 
-    def once(self, key, make):
+    def once(self, key, make, *, of_weights=False):
         return make()
 
     def scores(self, name):

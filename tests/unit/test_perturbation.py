@@ -152,13 +152,40 @@ def test_the_same_seed_gives_the_same_drift_whatever_the_batches_and_blocks(make
 
 
 def test_noise_below_the_resolution_is_refused(make_model, tokens):
-    view = BlockView(make_model().half())
-    with pytest.raises(UsageError, match=r"rounding of float16.*dtype=float32"):
-        drift(view, tokens, Noise(1e-4))
+    view = BlockView(make_model())
+    with pytest.raises(UsageError, match=r"rounding of float32.*eta >= 4\.8e-07.*larger eta"):
+        drift(view, tokens, Noise(1e-7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_model_is_followed_in_single_precision(make_model, tokens, dtype):
+    half = BlockView(make_model().to(dtype))
+    same = BlockView(make_model().to(dtype).float())
+    before = {name: tensor.data_ptr() for name, tensor in half.model.state_dict().items()}
+    found, expected = (drift(view, tokens, Noise(1e-4)) for view in (half, same))
+    torch.testing.assert_close(found.relative, expected.relative, rtol=0.02, atol=0, equal_nan=True)
+    assert all(tensor.data_ptr() == before[name] for name, tensor in half.model.state_dict().items())
+    assert {tensor.dtype for tensor in half.model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("site", SITES[:4])
+def test_spared_tokens_are_left_alone(make_model, tokens, site):
+    view = BlockView(make_model())
+    all_but_last = drift(view, tokens, Noise(0.1, site, spared=11)).relative[0, 0]
+    assert torch.all(all_but_last > 0)
+    none = drift(view, tokens, Noise(0.1, site, spared=12))
+    assert float(none.relative[0].max()) == 0.0
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [(Noise, {"eta": 0.0}), (Noise, {"eta": math.inf}), (Reading, {"clip": 0.0})]
+    ("kind", "options"),
+    [
+        (Noise, {"eta": 0.0}),
+        (Noise, {"eta": math.inf}),
+        (Noise, {"spared": -1}),
+        (Noise, {"site": "weights", "spared": 1}),
+        (Reading, {"clip": 0.0}),
+    ],
 )
 def test_settings_out_of_range_are_refused(kind, options):
     with pytest.raises(UsageError):
@@ -177,7 +204,7 @@ def test_unknown_blocks_and_branches_are_refused(toy):
 
 def made(relative):
     measure = torch.tensor(relative, dtype=torch.float64)
-    return Drift(measure, 2 * measure, measure, torch.ones(len(measure), measure.shape[-1]).double(), (0, 1))
+    return Drift(measure, 2 * measure, measure, torch.ones(len(measure), measure.shape[-1], 1).double(), (0, 1))
 
 
 def test_readings_differ_where_the_paper_is_open():
@@ -192,9 +219,36 @@ def test_readings_differ_where_the_paper_is_open():
     assert absorption(found, Reading(clip=0.1)).u.tolist() == pytest.approx([0.1, 0.0])
     deep = torch.full((3, 3, 1, 1), 4.0).double()
     deep[[0, 1, 2], [0, 1, 2]] = 1.0
-    three = Drift(deep, deep, deep, torch.ones(3, 1).double(), (0, 1, 2))
+    three = Drift(deep, deep, deep, torch.ones(3, 1, 1).double(), (0, 1, 2))
     assert absorption(three, Reading(per_depth=True)).r.tolist() == pytest.approx([2.0, 4.0, 1.0])
     assert np.isclose(float(absorption(three).D.sum()), 0.0)
+
+
+@pytest.mark.parametrize("eta", [1e-5, 1e-2, 1.0])
+def test_the_angle_of_a_small_disturbance_is_not_lost_in_rounding(make_model, tokens, eta):
+    found = drift(BlockView(make_model()), tokens, Noise(eta), blocks=(0,), seeds=20)
+    turned = float((1 - found.cosine[0, 0]).mean())
+    # Noise has no preferred direction: 1 - cos is eta^2 / 2 while that is small, and of the order of one beside it.
+    assert turned == pytest.approx(eta**2 / 2, rel=0.1 if eta < 0.1 else 0.6)
+
+
+def test_the_pass_through_is_of_the_same_kind_as_the_drift():
+    measure = torch.ones(2, 2, 1, 1).double()
+    norm = torch.tensor([[[3.0, 4.0]], [[6.0, 40.0]]]).double()
+    found = Drift(measure, measure, measure, norm, (0, 1))
+    assert absorption(found).pass_through.tolist() == pytest.approx([(1 / 2 + 1 / 10) / 2, 1.0])
+    whole = absorption(found, Reading(norm="frobenius")).pass_through
+    assert whole.tolist() == pytest.approx([5 / math.hypot(6, 40), 1.0])
+
+
+def test_the_standard_error_is_that_of_the_mean():
+    ends = torch.tensor([1.0, 2.0, 4.0, 5.0]).double()
+    measure = torch.ones(2, 2, 2, 2).double()
+    measure[0, 1] = ends.reshape(2, 2)
+    found = absorption(Drift(measure, measure, measure, torch.ones(2, 2, 3).double(), (0, 1)))
+    assert found.stderr.tolist() == pytest.approx([float(ends.std()) / 2, 0.0])
+    alone = absorption(made([[[[1.0]], [[2.0]]], [[[math.nan]], [[1.0]]]]))
+    assert math.isnan(float(alone.stderr[0]))
 
 
 def context_of(view, tokens, losses=None, **options):

@@ -1,0 +1,90 @@
+"""Drift and absorption of a disturbance as an evaluation: the curves of `sparsify.analysis` on a choice of windows."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsify.analysis.absorption import Reading, absorption
+from sparsify.analysis.perturbation import Drift, Source, drift
+from sparsify.blocks import BlockView
+from sparsify.data import Windows
+from sparsify.errors import UsageError
+from sparsify.evaluation.base import Subject
+
+
+@dataclass(frozen=True)
+class AbsorptionCurves:
+    """What later blocks make of a disturbance of each block, for the model as it stands (dense at sparsity 0).
+
+    Source: arXiv 2606.15161, by second-hand notes; what each curve is stands in `analysis.absorption.Absorption`.
+
+    Attributes:
+        windows: which text.
+        source: the disturbance.
+        reading: how coefficients are read off the drift.
+        limit: windows of the text that are used; None for all.
+        seeds: draws of the noise.
+        followed: disturbed blocks whose whole drift is kept, spread evenly from the first to the last but one.
+    """
+
+    windows: Windows
+    source: Source
+    reading: Reading = field(default_factory=Reading)
+    limit: int | None = 8
+    seeds: int = 3
+    followed: int = 5
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or self.followed < 1 or (self.limit is not None and self.limit < 1):
+            raise UsageError(
+                "limit, seeds and followed are numbers of things", got=(self.limit, self.seeds, self.followed)
+            )
+
+    def evaluate(self, subject: Subject) -> dict[str, Any]:
+        """`r` (value: geometric mean over all blocks but the last); `more` has the other coefficients by block, how
+        large the disturbance is where it is put in (`size`), how it falls, and the drift and the turn (1 - cosine) of
+        the followed blocks.
+        """
+        text = subject.cut(self.windows)
+        tokens = text.tokens[: self.limit]
+        found = drift(BlockView(subject.model), tokens, self.source, seeds=self.seeds)
+        read = absorption(found, self.reading)
+        inner = read.r[:-1] if len(read.r) > 1 else read.r
+        return {
+            **_curve("r", read.r, value=float(inner.log().mean().exp())),
+            **({"curve_stderr": read.stderr.tolist()} if self.seeds * len(tokens) > 1 else {}),
+            "protocol": f"{self.windows.protocol}, first {len(tokens)}, {self.seeds} draws",
+            "text": text.provenance,
+            "more": [
+                *(_curve(name, getattr(read, name)) for name in ("u", "D", "pass_through", "excess")),
+                *self._drifts(found),
+            ],
+        }
+
+    def _drifts(self, found: Drift) -> list[dict[str, Any]]:
+        """Means over windows and seeds; a followed block's curves run from that block to the last."""
+        relative, cosine = found.relative.mean((2, 3)), found.cosine.mean((2, 3))
+        blocks = relative.shape[1]
+        more = [_curve("size", relative.diagonal()), _curve("falls", _falls(relative))]
+        for block in sorted({round(x) for x in torch.linspace(0, max(blocks - 2, 0), self.followed).tolist()}):
+            more += [
+                _curve(f"relative.{block + 1}", relative[block, block:]),
+                _curve(f"turned.{block + 1}", 1 - cosine[block, block:]),
+                _curve(f"pass_through.{block + 1}", (found.norm[block] / found.norm[block:]).mean((1, 2))),
+            ]
+        return more
+
+
+def _falls(relative: Float[Tensor, "blocks blocks"]) -> Float[Tensor, " blocks"]:
+    """Share of the steps from a disturbed block to the last in which its drift falls; one for the last block."""
+    steps = [row[block:].diff() for block, row in enumerate(relative)]
+    return torch.tensor([float((step < 0).double().mean()) if len(step) else 1.0 for step in steps])
+
+
+def _curve(metric: str, values: Float[Tensor, " some"], value: float | None = None) -> dict[str, Any]:
+    curve = values.tolist()
+    return {"metric": metric, "value": curve[-1] if value is None else value, "curve": curve}
