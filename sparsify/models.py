@@ -120,22 +120,24 @@ class HubModel:
 
 @dataclass(frozen=True)
 class GGUFModel:
-    """A GGUF file shipped by a Python package, dequantised once into a safetensors folder.
+    """A GGUF file shipped by Python packages, dequantised once into a safetensors folder.
 
     Attributes:
-        file: path below `assets`.
-        sha256: of the file; a different file is refused.
-        package: the requirement that ships it, for the message when it is missing.
+        file: path below `assets`; or the paths of its parts, in order, where it is too large for one package.
+        sha256: of the (joined) file; a different file is refused.
+        package: the requirement that ships it, for the message when it is not the pinned file.
+        setup: the command that installs it, for the messages.
     """
 
     name: str
-    file: str
+    file: str | list[str]
     sha256: str
     package: str
     num_blocks: int | None = None
+    setup: str = "make setup"
 
     def load(self, dtype: str, device: str) -> Loaded:
-        """Convert if needed (about 20 s, once), check the hash, load.
+        """Convert if needed (20 to 60 s, once), check the hash, load.
 
         Raises:
             DataError: the package is not installed or its file is not the pinned one.
@@ -156,31 +158,44 @@ class GGUFModel:
         return folder
 
     def _convert(self, folder: Path) -> None:
-        source = paths.assets() / self.file
-        if not source.is_file():
-            raise DataError(f"The weights of {self.name} are not installed", got=f"no file {source}", fix="make setup")
-        if (found := _hash(source)) != self.sha256:
-            raise DataError(
-                f"{source.name} is not the pinned file",
-                got=f"sha256 {found}",
-                allowed=self.sha256,
-                fix=f"remove {paths.assets()} and run make setup ({self.package})",
-            )
+        parts = self._parts()
         draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
         try:
-            _dequantise(source, draft)
-            weights = draft / "model.safetensors"
-            (draft / "converted.json").write_text(json.dumps({"from": self.sha256, "sha256": _hash(weights)}))
+            done = draft / "done"
+            _dequantise(_joined(parts, draft), done)
+            weights = done / "model.safetensors"
+            (done / "converted.json").write_text(json.dumps({"from": self.sha256, "sha256": _hash(weights)}))
             shutil.rmtree(folder, ignore_errors=True)
-            os.replace(draft, folder)
+            os.replace(done, folder)
         except OSError as error:
             raise SparsifyError(
                 f"The converted weights of {self.name} could not be written",
                 got=error,
-                fix="free 600 MB, or point SPARSIFY_CACHE at another disk",
+                fix="free 1.5 GB, or point SPARSIFY_CACHE at another disk",
             ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+    def _parts(self) -> list[Path]:
+        """The installed file, or all of its parts.
+
+        Raises:
+            DataError: one is missing, or together they are not the pinned file.
+        """
+        names = [self.file] if isinstance(self.file, str) else self.file
+        parts = [paths.assets() / name for name in names]
+        if missing := [part for part in parts if not part.is_file()]:
+            raise DataError(
+                f"The weights of {self.name} are not installed", got=f"no file {missing[0]}", fix=self.setup
+            )
+        if (found := _hash(*parts)) != self.sha256:
+            raise DataError(
+                f"{parts[0].name} is not the pinned file",
+                got=f"sha256 {found}",
+                allowed=self.sha256,
+                fix=f"remove {paths.assets()} and run {self.setup} ({self.package})",
+            )
+        return parts
 
 
 @dataclass(frozen=True)
@@ -257,6 +272,22 @@ def _intact(folder: Path) -> bool:
     return bool(json.loads(note.read_text())["sha256"] == _hash(weights))
 
 
-def _hash(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def _hash(*files: Path) -> str:
+    """SHA-256 of the files, read one after the other."""
+    total = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as handle:
+            hashlib.file_digest(handle, lambda: total)
+    return total.hexdigest()
+
+
+def _joined(parts: list[Path], folder: Path) -> Path:
+    """The parts as one file, in `folder` if there is anything to join."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = folder / "joined.gguf"
+    with open(whole, "wb") as out:
+        for part in parts:
+            with open(part, "rb") as handle:
+                shutil.copyfileobj(handle, out)
+    return whole

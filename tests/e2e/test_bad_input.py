@@ -80,7 +80,7 @@ def refused(go, results, files, earlier, inputs):
 
 
 USAGE = {
-    "unknown model": (["model=llama2-77b"], ["Got: llama2-77b.", "Allowed: hub, ", "Fix: model=llama2-7b"]),
+    "unknown model": (["model=llama2-77b"], ["Got: llama2-77b.", "Allowed: gemma3-270m, ", "Fix: model=llama2-7b"]),
     "typo in a key": (["sparsty=0.5"], ["Got: sparsty.", "Fix: did you mean sparsity", "configs/config.yaml"]),
     "typo in a group's key": (
         ["allocator=atp", "allocator.betta=0.01"],

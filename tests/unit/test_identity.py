@@ -177,7 +177,7 @@ def test_a_pattern_that_fixes_the_sparsity_needs_none(cell):
     assert len(keys) == 1
 
 
-@pytest.mark.parametrize("change", ["model.num_blocks=null", "model.package=other-package"])
+@pytest.mark.parametrize("change", ["model.num_blocks=null", "model.package=other-package", "+model.setup=make it"])
 def test_descriptive_keys_of_a_model_are_not_identity(cell, change):
     assert identity.run_key(cell(change)) == identity.run_key(cell())
 
