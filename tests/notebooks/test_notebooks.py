@@ -9,7 +9,10 @@ from sparsify import paths
 
 FOLDER = paths.root() / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-SMALL = {"error_growth": 'MODEL, WINDOWS, SEQLEN = "shape/tiny", 2, 16'}
+SMALL = {
+    "error_growth": 'MODEL, WINDOWS, SEQLEN = "shape/tiny", 2, 16',
+    "absorption": 'MODEL, WINDOWS, SEQLEN, SEEDS = "shape/tiny", 2, 16, 2',
+}
 """What is put below the cell tagged `parameters`."""
 
 
