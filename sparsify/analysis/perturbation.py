@@ -186,8 +186,9 @@ def drift(
     if not injected or not 0 <= injected[0] <= injected[-1] < total:
         raise UsageError("No such block", got=blocks, allowed=f"0 to {total - 1}")
     shape = (len(injected), total, seeds, len(tokens))
-    found = {name: torch.full(shape, math.nan, dtype=torch.float64) for name in ("relative", "frobenius", "cosine")}
-    norms = torch.zeros(total, *tokens.shape, dtype=torch.float64)
+    names, blank = ("relative", "frobenius", "cosine"), torch.tensor(math.nan, dtype=torch.float64, device=view.device)
+    found = {name: blank.repeat(shape) for name in names}
+    norms = blank.repeat(total, *tokens.shape)
     with full_precision():
         walk = Walk(view, tokens, batch_size or batch_size_for(view.device, tokens.shape[1])).to(dtype)
         copies: dict[tuple[int, int], Tensor] = {}
@@ -201,12 +202,12 @@ def drift(
                     copies[injected.index(block), seed] = source.disturbed(walk, block, run, clean, draw)
             for (i, seed), state in copies.items():
                 for name, values in _compared(state, clean).items():
-                    found[name][i, block, seed] = values.cpu()
-            norms[block] = _inner(clean, clean).sqrt().cpu()
+                    found[name][i, block, seed] = values
+            norms[block] = _inner(clean, clean).sqrt()
             _check_finite(found["relative"][:, block], norms[block], block)
             walk.hidden = clean
             progress(block + 1, total)
-    return Drift(**found, norm=norms, injected=injected)
+    return Drift(**{name: values.cpu() for name, values in found.items()}, norm=norms.cpu(), injected=injected)
 
 
 def _runner(walk: Walk, block: int) -> Run:
