@@ -132,12 +132,28 @@ def _unknown_key(error: BaseException) -> SparsifyError:
     key = match.group(1)
     if "MandatoryMissing" in text or "Missing mandatory" in text or "mandatory value" in text:
         return UsageError(f"{key} must be given", fix=f"{key}=<value>")
+    if "@" in key:
+        return _nothing_there(key)
     known = _known_keys()
     near = registry.suggest(key, known) or registry.suggest(key.rsplit(".", 1)[-1], known)
     fix = f"did you mean {near[0]}" if near else "python -m sparsify --cfg job shows every key"
     owner = key.split(".")[0]
     where = f"; see configs/{owner}/" if (paths.configs() / owner).is_dir() else "; see configs/config.yaml"
     return UsageError("There is no config key of that name", got=key, allowed=", ".join(near) or None, fix=fix + where)
+
+
+def _nothing_there(key: str) -> SparsifyError:
+    """A component was put into a place (`allocator@allocator.inner`) that the chosen options do not have."""
+    group, _, place = key.lstrip("+").partition("@")
+    owner, _, name = place.partition(".")
+    options = [x for x in registry.names(owner) if f"/{group}@{name}" in registry.find(owner, x).read_text()]
+    allowed = ", ".join(f"{owner}={x}" for x in options) or None
+    return UsageError(
+        f"Nothing that is chosen has a place {place}",
+        got=key,
+        allowed=allowed and f"with {allowed}",
+        fix=f"{owner}={options[0]} {key}=<name>" if allowed else "python -m sparsify --cfg job shows every place",
+    )
 
 
 def _known_keys() -> list[str]:

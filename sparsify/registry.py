@@ -103,7 +103,7 @@ def composed(group: str, name: str) -> DictConfig:
         if OmegaConf.is_dict(item):
             ((key, inner),) = item.items()
             inner_group, _, place = str(key).removeprefix("/").partition("@")
-            config[place] = composed(inner_group, inner)
+            OmegaConf.update(config, place, composed(inner_group, inner))
     return config
 
 

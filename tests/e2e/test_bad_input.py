@@ -86,6 +86,15 @@ USAGE = {
         ["allocator=atp", "allocator.betta=0.01"],
         ["Got: allocator.betta.", "did you mean allocator.beta", "configs/allocator/"],
     ),
+    "a component in a place that nothing has": (
+        ["allocator@allocator.inner=owl"],
+        ["a place allocator.inner", "Fix: allocator=absorption allocator@allocator.inner=<name>."],
+    ),
+    "noise below the resolution": (
+        ["allocator=absorption", "perturbation@allocator.source=noise", "allocator.source.eta=1e-9", "sparsity=0.7"],
+        ["drowns in the rounding of float32", "Got: eta=1e-09.", "Allowed: eta >= 4.8e-07."],
+    ),
+    "a strength below zero": (["allocator=absorption", "allocator.strength=-1.0"], ["Got: -1.0.", ">= 0, or auto"]),
     "typo in an option": (
         ["pruner=wnada"],
         ["Got: wnada.", "Allowed: magnitude, ria, sparsegpt, wanda.", "Fix: pruner=wanda."],
