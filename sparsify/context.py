@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsify.analysis.perturbation import Drift, Source, drift
+from sparsify.analysis.drift import Drift, drift
+from sparsify.analysis.perturbation import Source
 from sparsify.blocks import BlockView
 from sparsify.budget import apply_pattern
 from sparsify.errors import UsageError
@@ -40,7 +41,7 @@ class DenseContext:
         pattern: that trial plans are rounded to.
         heldout: token ids that searches score on, [m, seqlen].
         seed: of searches that draw.
-        progress: told of every trial of a search.
+        progress: told of every trial of a search, and of every block of a drift.
     """
 
     view: BlockView
@@ -101,7 +102,7 @@ class DenseContext:
     @cached_property
     def _text(self) -> str:
         """The calibration text, for answers that depend on it."""
-        return hashlib.sha256(self.tokens.cpu().numpy().tobytes()).hexdigest()
+        return f"{tuple(self.tokens.shape)} {hashlib.sha256(self.tokens.cpu().numpy().tobytes()).hexdigest()}"
 
     def dense_blocks(self, needs: frozenset[str]) -> Iterator[Mapping[str, LayerStats]]:
         walk = Walk(self.view, self.tokens, self.batch_size)

@@ -96,15 +96,23 @@ def build(group: str, spec: Spec) -> Any:
 
 
 def composed(group: str, name: str) -> DictConfig:
-    """An option's YAML with the components that its defaults list puts inside (`/group@place: name`)."""
-    config = OmegaConf.load(find(group, name))
-    assert isinstance(config, DictConfig)
-    for item in config.pop("defaults", ()):
-        if OmegaConf.is_dict(item):
+    """An option's YAML with what its defaults list stands on, as Hydra would compose it.
+
+    Entries of that list are options of the same group (`perplexity`) or components inside (`/group@place: name`).
+    """
+    own = OmegaConf.load(find(group, name))
+    assert isinstance(own, DictConfig)
+    config: Any = OmegaConf.create()
+    for item in own.pop("defaults", ()):
+        if isinstance(item, str):
+            config = config if item == "_self_" else OmegaConf.merge(config, composed(group, item))
+        else:
             ((key, inner),) = item.items()
             inner_group, _, place = str(key).removeprefix("/").partition("@")
             OmegaConf.update(config, place, composed(inner_group, inner))
-    return config
+    merged = OmegaConf.merge(config, own)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def published(path: str, default: Any, *, _root_: DictConfig) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from sparsify.allocators.base import Allocator, Context
+from sparsify.allocators.base import Allocator, Context, finite_or_none
 from sparsify.allocators.owl import OWL
 from sparsify.analysis.absorption import Reading, absorption
 from sparsify.analysis.perturbation import Pruned, Source
@@ -19,9 +19,9 @@ from sparsify.errors import NumericsError, UsageError
 from sparsify.types import LayerTable, SparsityPlan
 
 if TYPE_CHECKING:
-    from sparsify.analysis.perturbation import Drift
+    from sparsify.analysis.drift import Drift
 
-CONTROLS = ("none", "flipped", "permuted", "ramp")
+CONTROLS = ("none", "flipped", "permuted", "ramp", "first")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class AbsorptionCorrected:
 
     Source: arXiv 2606.15161, by second-hand notes: D_l = -(u_l - mean u), u_l = clip(log r_l, +-log 3), r_l the share
     of a relative disturbance of block l that is left at the last block. No code was released; how strong the correction
-    is and how it is bounded are our reading: |D_l| <= 2 clip, so no block moves by more than `strength`.
+    is and how it is bounded are our reading: |D_l| <= 2 clip, so the correction moves no block by more than `strength`.
 
     The budget is met exactly after the correction and its clipping. With `strength="auto"` the strengths of `grid` are
     tried in full and the lowest perplexity on held-out calibration text wins; zero is among them.
@@ -45,7 +45,7 @@ class AbsorptionCorrected:
         seeds: draws of the noise.
         grid: strengths that `auto` tries.
         control: `none`; or what the correction must beat to mean anything: `flipped` in sign, `permuted` among blocks,
-            or a linear `ramp` over depth of the same root mean square.
+            a linear `ramp` over depth of the same root mean square, or the `first` block's correction alone.
     """
 
     inner: Allocator = field(default_factory=OWL)
@@ -55,7 +55,7 @@ class AbsorptionCorrected:
     windows: int | None = 8
     seeds: int = 1
     grid: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.8, 1.6])
-    control: Literal["none", "flipped", "permuted", "ramp"] = "none"
+    control: Literal["none", "flipped", "permuted", "ramp", "first"] = "none"
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -92,6 +92,8 @@ class AbsorptionCorrected:
             return -direction
         if self.control == "permuted":
             return np.random.default_rng(seed).permutation(direction)
+        if self.control == "first":
+            return direction * (np.arange(len(direction)) == 0)
         if self.control == "ramp":
             ramp = np.linspace(-1.0, 1.0, len(direction))
             return ramp * np.sqrt((direction**2).mean() / (ramp**2).mean())
@@ -107,10 +109,11 @@ class AbsorptionCorrected:
         notes: dict[str, object],
     ) -> SparsityPlan:
         plans = {strength: corrected(base, shift, strength, layers, wanted) for strength in self.grid}
-        scores = {strength: context.objective(plan) for strength, plan in plans.items()}
-        best = min(scores, key=lambda strength: scores[strength])
-        if not math.isfinite(scores[best]):
+        scores = {strength: finite_or_none(context, plan) for strength, plan in plans.items()}
+        finite = {strength: score for strength, score in scores.items() if score is not None}
+        if not finite:
             raise NumericsError("No strength of the grid gave a finite perplexity", got=scores, fix="a lower sparsity")
+        best = min(finite, key=lambda strength: finite[strength])
         trials = tuple({"strength": x, "heldout_perplexity": y} for x, y in scores.items())
         return SparsityPlan(plans[best].targets, plans[best].ledger, trials, {**notes, "strength": best})
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sparsify.analysis.perturbation import Drift, Source
+    from sparsify.analysis.drift import Drift
+    from sparsify.analysis.perturbation import Source
     from sparsify.screen import Screen
     from sparsify.stats import LayerStats
 

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsify.analysis.perturbation import Drift
-from sparsify.errors import UsageError
+from sparsify.analysis.drift import Drift
+from sparsify.errors import NumericsError, UsageError
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,16 @@ class Reading:
     """How a drift becomes coefficients: what the paper leaves open, by name.
 
     Attributes:
-        average: of windows and seeds: `mean_of_ratios` E[R_L / R_l] (as the notes on the paper have it),
-            `ratio_of_means` E[R_L] / E[R_l], or `geometric`.
+        average: how R_L / R_l is averaged. R is a window's mean over tokens in `mean_of_ratios` E[R_L / R_l] over
+            windows and seeds, `ratio_of_means` E[R_L] / E[R_l], and `geometric`; `token_ratios` is E[R_L / R_l] over
+            tokens too, those that the disturbance moves at all. They agree where all are disturbed alike.
         norm: `token` (relative drift of each token, then the mean) or `frobenius` (of the whole window).
         per_depth: take the (L - l)-th root, so that early blocks do not count more for the depth behind them.
         clip: bound of |u|.
         last: whether the last block, whose r is one by definition, takes part in the mean of u.
     """
 
-    average: Literal["mean_of_ratios", "ratio_of_means", "geometric"] = "mean_of_ratios"
+    average: Literal["mean_of_ratios", "ratio_of_means", "geometric", "token_ratios"] = "mean_of_ratios"
     norm: Literal["token", "frobenius"] = "token"
     per_depth: bool = False
     clip: float = math.log(3)
@@ -35,6 +36,10 @@ class Reading:
     def __post_init__(self) -> None:
         if not self.clip > 0:
             raise UsageError("clip bounds the logarithm of r", got=self.clip, allowed="> 0")
+        if self.average not in ("mean_of_ratios", "ratio_of_means", "geometric", "token_ratios"):
+            raise UsageError("Unknown average", got=self.average, allowed="mean_of_ratios, ratio_of_means, ...")
+        if self.average == "token_ratios" and self.norm != "token":
+            raise UsageError("token_ratios are of tokens", got=f"norm={self.norm}", allowed="norm=token")
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,10 @@ class Absorption:
             behind amplify, below one they absorb.
         u: log r, clipped.
         D: -(u - mean u): positive where more is absorbed than on average.
-        pass_through: ||h_l|| / ||h_L||, by the norm of the reading: what r would be if later blocks handed the
-            disturbance on as it is and only the residual stream grew.
+        pass_through: what r would be, read in the same way, if later blocks handed this very disturbance on as it is
+            and only the residual stream grew.
         excess: r / pass_through: below one, more is absorbed than by that growth alone.
-        stderr: standard error of r over windows and seeds (jackknife); not a number for a single one.
+        stderr: standard error of r over windows (jackknife, all draws of a window together); NaN for a single one.
     """
 
     r: Float[Tensor, " blocks"]
@@ -65,44 +70,56 @@ def absorption(drift: Drift, reading: Reading | None = None) -> Absorption:
 
     Raises:
         UsageError: some block was not.
+        NumericsError: a disturbance that moves nothing.
     """
     how = reading or Reading()
-    blocks = drift.relative.shape[1]
+    blocks = len(drift.norm)
     if drift.injected != tuple(range(blocks)):
         raise UsageError("Coefficients need a disturbance of every block", got=drift.injected, fix="blocks=None")
-    each = torch.arange(blocks)
-    measure = (drift.relative if how.norm == "token" else drift.frobenius).flatten(2)
-    at_block, at_end = measure[each, each], measure[:, -1]
-    roots = 1 / (blocks - 1 - each).clamp_min(1) if how.per_depth else torch.ones(blocks)
-    r = _ratio(at_block, at_end, how.average) ** roots
+    if not bool((drift.start > 0).any(-1).all()):
+        raise NumericsError("A disturbance moved nothing, so nothing of it can be absorbed", fix="a larger disturbance")
+    at_block, at_end, handed_on = _samples(drift, how)
+    depth = torch.arange(blocks - 1, -1, -1).clamp_min(1) if how.per_depth else torch.ones(blocks)
+
+    def ratio(ends: Tensor, windows: Tensor) -> Float[Tensor, " blocks"]:
+        return _ratio(at_block[..., windows], ends[..., windows], how.average) ** (1 / depth)
+
+    every = torch.arange(at_end.shape[-1])
+    r, pass_through = ratio(at_end, every), ratio(handed_on, every)
     u = r.log().clamp(-how.clip, how.clip)
     counted = u if how.last or blocks == 1 else u[:-1]
-    pass_through = _growth(drift.norm, how.norm)
-    stderr = _jackknife(lambda kept: _ratio(at_block[:, kept], at_end[:, kept], how.average) ** roots, at_end.shape[1])
+    stderr = _jackknife(lambda kept: ratio(at_end, kept), len(every))
     return Absorption(r, u, counted.mean() - u, pass_through, r / pass_through, stderr)
 
 
+def _samples(drift: Drift, how: Reading) -> tuple[Tensor, Tensor, Tensor]:
+    """R_l, R_L, and R_L if e_l were handed on, each [blocks, seeds, windows]."""
+    if how.average == "token_ratios":
+        moved = drift.start > 0
+        growth = (drift.norm / drift.norm[-1])[:, None].expand_as(drift.start)  # ||h_l|| / ||h_L||
+        here = drift.start.where(moved, 1.0)
+        means = [(x * moved).sum(-1) / moved.sum(-1) for x in (moved * 1.0, drift.end / here * growth, growth)]
+        return means[0], means[1], means[2]
+    each = torch.arange(len(drift.norm))
+    measure = drift.relative if how.norm == "token" else drift.frobenius
+    return measure[each, each], measure[:, -1], drift.handed_on(how.norm)[:, -1]
+
+
 def _ratio(
-    at_block: Float[Tensor, "blocks samples"], at_end: Float[Tensor, "blocks samples"], average: str
+    at_block: Float[Tensor, "blocks seeds windows"], at_end: Float[Tensor, "blocks seeds windows"], average: str
 ) -> Float[Tensor, " blocks"]:
-    """R_L / R_l of every block l over samples, the windows and seeds."""
+    """R_L / R_l of every block l over seeds and windows."""
     if average == "ratio_of_means":
-        return at_end.mean(1) / at_block.mean(1)
+        return at_end.mean((1, 2)) / at_block.mean((1, 2))
     ratios = at_end / at_block
-    return ratios.mean(1) if average == "mean_of_ratios" else ratios.log().mean(1).exp()
+    return ratios.log().mean((1, 2)).exp() if average == "geometric" else ratios.mean((1, 2))
 
 
-def _growth(norm: Float[Tensor, "blocks windows seq"], how: str) -> Float[Tensor, " blocks"]:
-    """||h_l|| / ||h_L||: of each token, then the mean; or of the windows' states as matrices."""
-    size = norm if how == "token" else norm.square().sum(-1, keepdim=True).sqrt()
-    return (size / size[-1]).mean((1, 2))
-
-
-def _jackknife(statistic: Callable[[Tensor], Tensor], samples: int) -> Float[Tensor, " blocks"]:
-    """Standard error of a statistic of samples: how it moves when each of them is left out."""
-    everything = torch.arange(samples)
-    if samples == 1:
-        return torch.full_like(statistic(everything), math.nan)
-    left = torch.stack([statistic(everything[everything != i]) for i in range(samples)])
-    spread: Tensor = ((samples - 1) * left.var(0, correction=0)).sqrt()
+def _jackknife(statistic: Callable[[Tensor], Tensor], windows: int) -> Float[Tensor, " blocks"]:
+    """Standard error of a statistic of windows: how it moves when each of them is left out."""
+    every = torch.arange(windows)
+    if windows == 1:
+        return torch.full_like(statistic(every), math.nan)
+    left = torch.stack([statistic(every[every != i]) for i in range(windows)])
+    spread: Tensor = ((windows - 1) * left.var(0, correction=0)).sqrt()
     return spread

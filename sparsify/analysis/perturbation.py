@@ -1,21 +1,19 @@
-"""Disturb one block and follow what becomes of the disturbance down to the last block."""
+"""Ways to disturb one block of a dense model: noise at several places, or the block really pruned."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparsify.blocks import BlockView
-from sparsify.errors import NumericsError, UsageError
-from sparsify.loss import batch_size_for
+from sparsify.errors import UsageError
 from sparsify.pruners.base import Pruner
 from sparsify.pruners.wanda import Wanda
-from sparsify.stats import full_precision
 from sparsify.stream import Walk
 from sparsify.types import Target
 
@@ -79,7 +77,7 @@ class Noise:
                 f"Noise of this size drowns in the rounding of {str(dtype).removeprefix('torch.')}",
                 got=f"eta={self.eta:g}",
                 allowed=f"eta >= {least:.2g}",
-                fix="dtype=float32" if dtype != torch.float32 else "a larger eta",
+                fix="a larger eta",
             )
 
     def disturbed(
@@ -90,7 +88,9 @@ class Noise:
         if self.site == "input":
             return run(self._add(walk.hidden, draw))
         if self.site == "weights":
-            with _replaced(walk.view, block, lambda weight: noisy(weight.flatten(), self.eta, draw).view_as(weight)):
+            weights = {x.spec.name: x.weight for x in walk.view.layers_of(block)}
+            new = {name: noisy(weight.flatten(), self.eta, draw).view_as(weight) for name, weight in weights.items()}
+            with _replaced(walk.view, block, new):
                 return run(walk.hidden)
         with _changed_output(branch(walk.view.blocks[block], self.site), lambda out: self._add(out, draw)):
             return run(walk.hidden)
@@ -124,120 +124,16 @@ class Pruned:
         target = Target(self.sparsity)
         layers = walk.view.layers_of(block)
         new = {x.spec.name: self.pruner.prune(x.weight, stats[x.spec.name], target).weight for x in layers}
-        queue = iter(layers)
-        with _replaced(walk.view, block, lambda _: new[next(queue).spec.name]):
+        with _replaced(walk.view, block, new):
             return run(walk.hidden)
 
 
-@dataclass(frozen=True)
-class Drift:
-    """What became of a disturbance: one entry per injection block l, later block k, seed and window; NaN for k < l.
-
-    Attributes:
-        relative: ||h'_k - h_k|| / ||h_k||, mean over the tokens of a window, [injected, blocks, seeds, windows].
-        frobenius: the same of the window's states as one matrix.
-        cosine: of h'_k and h_k, mean over tokens.
-        norm: ||h_k|| of every token of the dense model, [blocks, windows, seq].
-        injected: the blocks l.
-    """
-
-    relative: Float[Tensor, "injected blocks seeds windows"]
-    frobenius: Float[Tensor, "injected blocks seeds windows"]
-    cosine: Float[Tensor, "injected blocks seeds windows"]
-    norm: Float[Tensor, "blocks windows seq"]
-    injected: tuple[int, ...]
-
-
-@torch.no_grad()
-def drift(
-    view: BlockView,
-    tokens: Int[Tensor, "n seq"],
-    source: Source,
-    *,
-    blocks: tuple[int, ...] | None = None,
-    seeds: int = 1,
-    batch_size: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Drift:
-    """Disturb each block in turn and compare with the clean run at every later block; one pass over the text.
-
-    All disturbed copies travel together: block k is applied to the clean states and to those disturbed at l < k. Every
-    block runs in single precision whatever the model's (half precision rounds by 5e-4 and would drown a small
-    disturbance), sums are in double precision. A seed gives the same noise whatever the blocks chosen and the batch
-    size.
-
-    Args:
-        view: the dense model; its weights and hooks are what they were when this returns or raises.
-        tokens: token ids, [n, seqlen].
-        source: the disturbance.
-        blocks: blocks to disturb; None for all.
-        seeds: draws of the noise.
-        batch_size: windows per forward; None picks one for the device.
-        progress: told after each block.
-
-    Raises:
-        UsageError: no such block, or a disturbance below the resolution of single precision.
-        NumericsError: a state is not finite; the message names the block.
-    """
-    dtype = torch.promote_types(view.layers[0].weight.dtype, torch.float32)
-    source.check(dtype)
-    total = len(view.blocks)
-    injected = tuple(range(total)) if blocks is None else tuple(sorted(set(blocks)))
-    if not injected or not 0 <= injected[0] <= injected[-1] < total:
-        raise UsageError("No such block", got=blocks, allowed=f"0 to {total - 1}")
-    shape = (len(injected), total, seeds, len(tokens))
-    names, blank = ("relative", "frobenius", "cosine"), torch.tensor(math.nan, dtype=torch.float64, device=view.device)
-    found = {name: blank.repeat(shape) for name in names}
-    norms = blank.repeat(total, *tokens.shape)
-    with full_precision():
-        walk = Walk(view, tokens, batch_size or batch_size_for(view.device, tokens.shape[1])).to(dtype)
-        copies: dict[tuple[int, int], Tensor] = {}
-        for block in range(total):
-            run = _runner(walk, block)
-            with _in(dtype, view.blocks[block]):
-                clean = run(walk.hidden)
-                copies = {key: run(state) for key, state in copies.items()}
-                for seed in range(seeds if block in injected else 0):
-                    draw = torch.Generator(view.device).manual_seed(seed * total + block)
-                    copies[injected.index(block), seed] = source.disturbed(walk, block, run, clean, draw)
-            for (i, seed), state in copies.items():
-                for name, values in _compared(state, clean).items():
-                    found[name][i, block, seed] = values
-            norms[block] = _inner(clean, clean).sqrt()
-            _check_finite(found["relative"][:, block], norms[block], block)
-            walk.hidden = clean
-            progress(block + 1, total)
-    return Drift(**{name: values.cpu() for name, values in found.items()}, norm=norms.cpu(), injected=injected)
-
-
-def _runner(walk: Walk, block: int) -> Run:
-    """The block on hidden states of all windows, batch by batch, leaving the walk where it stands."""
-
-    def run(hidden: Float[Tensor, "n seq dim"]) -> Float[Tensor, "n seq dim"]:
-        return torch.cat([walk.call(block, i, hidden[where]) for i, where in enumerate(walk.batches)])
-
-    return run
-
-
-@contextmanager
-def _in(dtype: torch.dtype, module: nn.Module) -> Iterator[None]:
-    """A module with floating-point parameters and buffers of another dtype; afterwards it has the old tensors."""
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point() and t.dtype != dtype]
-    before = [t.data for t in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.to(dtype)
-        yield
-    finally:
-        for tensor, data in zip(tensors, before, strict=True):
-            tensor.data = data
-
-
 def noisy(x: Float[Tensor, "*rows dim"], eta: float, draw: torch.Generator) -> Float[Tensor, "*rows dim"]:
-    """`x` plus Gaussian noise whose norm is `eta` times that of each row."""
-    noise = torch.randn(x.shape, generator=draw, device=x.device, dtype=torch.float32)
-    scale = eta * x.float().norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
-    return (x.float() + scale * noise).to(x.dtype)
+    """`x` plus Gaussian noise whose norm is `eta` times that of each row; at least in single precision."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    noise = torch.randn(x.shape, generator=draw, device=x.device, dtype=wide.dtype)
+    scale = eta * wide.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+    return (wide + scale * noise).to(x.dtype)
 
 
 def branch(block: nn.Module, site: str) -> nn.Module:
@@ -276,37 +172,14 @@ def _changed_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
 
 
 @contextmanager
-def _replaced(view: BlockView, block: int, new: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Other weights in every matrix of a block, in order; put back whatever happens."""
+def _replaced(view: BlockView, block: int, new: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other weights in every matrix of a block, by layer name; put back whatever happens."""
     layers = view.layers_of(block)
     before = [layer.weight.clone() for layer in layers]
     try:
-        for layer, weight in zip(layers, before, strict=True):
-            layer.write(new(weight).to(weight.dtype))
+        for layer in layers:
+            layer.write(new[layer.spec.name])
         yield
     finally:
         for layer, weight in zip(layers, before, strict=True):
             layer.write(weight)
-
-
-def _compared(state: Float[Tensor, "n seq dim"], clean: Float[Tensor, "n seq dim"]) -> dict[str, Tensor]:
-    """Measures of one disturbed copy, each [n]."""
-    off, size = _inner(state - clean, state - clean), _inner(clean, clean).clamp_min(1e-300)
-    old, new = size.sqrt(), _inner(state, state).clamp_min(1e-300).sqrt()
-    # 1 - cos by the difference: the plain formula loses an angle of 1e-4 in the rounding of single precision.
-    longer = (2 * _inner(clean, state - clean) + off) / (old + new)
-    return {
-        "relative": (off / size).sqrt().mean(-1),
-        "frobenius": (off.sum(-1) / size.sum(-1)).sqrt(),
-        "cosine": 1 - ((off - longer.square()) / (2 * old * new)).mean(-1),
-    }
-
-
-def _inner(a: Float[Tensor, "n seq dim"], b: Float[Tensor, "n seq dim"]) -> Float[Tensor, "n seq"]:
-    """Inner products of tokens, summed in double precision."""
-    return (a * b).sum(-1, dtype=torch.float64)
-
-
-def _check_finite(relative: Tensor, norm: Tensor, block: int) -> None:
-    if torch.isinf(relative).any() or not torch.isfinite(norm).all():
-        raise NumericsError(f"The hidden states after block {block} are not finite", fix="dtype=float32")

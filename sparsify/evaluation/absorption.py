@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsify.analysis.absorption import Reading, absorption
-from sparsify.analysis.perturbation import Drift, Source, drift
+from sparsify.analysis.drift import Drift, drift
+from sparsify.analysis.perturbation import Source
 from sparsify.blocks import BlockView
 from sparsify.data import Windows
 from sparsify.errors import UsageError
@@ -36,7 +37,7 @@ class AbsorptionCurves:
     limit: int | None = 8
     seeds: int = 3
     followed: int = 5
-    version: int = 1
+    version: int = 2
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.followed < 1 or (self.limit is not None and self.limit < 1):
@@ -47,7 +48,8 @@ class AbsorptionCurves:
     def evaluate(self, subject: Subject) -> dict[str, Any]:
         """`r` (value: geometric mean over all blocks but the last); `more` has the other coefficients by block, how
         large the disturbance is where it is put in (`size`), how it falls, and the drift and the turn (1 - cosine) of
-        the followed blocks.
+        the followed blocks, with the drift if the disturbance were only handed on; `first_token` is the share of the
+        disturbance's squared length that the first token carries.
         """
         text = subject.cut(self.windows)
         tokens = text.tokens[: self.limit]
@@ -56,7 +58,7 @@ class AbsorptionCurves:
         inner = read.r[:-1] if len(read.r) > 1 else read.r
         return {
             **_curve("r", read.r, value=float(inner.log().mean().exp())),
-            **({"curve_stderr": read.stderr.tolist()} if self.seeds * len(tokens) > 1 else {}),
+            **({"curve_stderr": read.stderr.tolist()} if len(tokens) > 1 else {}),
             "protocol": f"{self.windows.protocol}, first {len(tokens)}, {self.seeds} draws",
             "text": text.provenance,
             "more": [
@@ -67,14 +69,15 @@ class AbsorptionCurves:
 
     def _drifts(self, found: Drift) -> list[dict[str, Any]]:
         """Means over windows and seeds; a followed block's curves run from that block to the last."""
-        relative, cosine = found.relative.mean((2, 3)), found.cosine.mean((2, 3))
+        relative, cosine, handed_on = (x.mean((2, 3)) for x in (found.relative, found.cosine, found.handed_on()))
         blocks = relative.shape[1]
-        more = [_curve("size", relative.diagonal()), _curve("falls", _falls(relative))]
+        first = (found.start[..., 0].square() / found.start.square().sum(-1)).mean((1, 2))
+        more = [_curve("size", relative.diagonal()), _curve("falls", _falls(relative)), _curve("first_token", first)]
         for block in sorted({round(x) for x in torch.linspace(0, max(blocks - 2, 0), self.followed).tolist()}):
             more += [
                 _curve(f"relative.{block + 1}", relative[block, block:]),
                 _curve(f"turned.{block + 1}", 1 - cosine[block, block:]),
-                _curve(f"pass_through.{block + 1}", (found.norm[block] / found.norm[block:]).mean((1, 2))),
+                _curve(f"handed_on.{block + 1}", handed_on[block, block:]),
             ]
         return more
 

@@ -83,7 +83,7 @@ def summary(found: Sequence[Disturbance]) -> pd.DataFrame:
             [f"{item.size:.2g}"]
             + [f"{_geometric(part):.2f}" for part in thirds]
             + [f"{sum(x < 1 for x in part)} of {len(part)}" for part in thirds]
-            + [f"{_geometric(item.curve('excess')[:-1]):.1f}", f"{np.mean(falls):.0%}"]
+            + [f"{_geometric(excess):.1f}" if (excess := item.curve("excess")[:-1]) else "", f"{np.mean(falls):.0%}"]
         )
         index.append(("", item.label))
     columns = [("size", "")] + [("r", third) for third in THIRDS] + [("blocks with r < 1", third) for third in THIRDS]
@@ -113,8 +113,8 @@ def drift_figure(folder: Path, name: str, layout: DictConfig, found: list[Distur
                 relative = item.curve(f"relative.{block}")
                 depth = range(block, block + len(relative))
                 above.plot(depth, relative, color=colour, label=f"block {block}")
-                through = [relative[0] * x for x in item.curve(f"pass_through.{block}")]
-                above.plot(depth, through, ":", color=colour, linewidth=0.8)
+                handed_on = item.curve(f"handed_on.{block}")
+                above.plot(depth[: len(handed_on)], handed_on, ":", color=colour, linewidth=0.8)
                 below.plot(depth, item.curve(f"turned.{block}"), color=colour)
             for axes in (above, below):
                 axes.set_yscale("log")

@@ -35,7 +35,7 @@ class Corrected:
         label: of the correction.
         plain: cells of the rule as it is, index by seed.
         chosen: cells of the best strength for each seed, index by seed.
-        every: cells of all strengths.
+        every: cells of the strengths that all seeds of this row have, which are those to choose among.
     """
 
     pruner: str
@@ -56,18 +56,18 @@ class Corrected:
 def corrections(layout: DictConfig, cells: pd.DataFrame) -> list[Corrected]:
     """Every rule and correction of the layout that has run, in reading order."""
     found = []
-    cells = cells[~_searched(cells)]
+    cells = cells[~_searched(cells) & cells[[layout.value, layout.minimise]].notna().all(axis=1)]
     for pruner in layout.pruners:
         for sparsity in sorted(s for s in cells["sparsity"].unique() if s):
+            here = where(cells, {"pruner": pruner, "sparsity": sparsity})
             for rule in layout.rules:
-                here = where(cells, {"pruner": pruner, "sparsity": sparsity})
                 plain = where(here, {"allocator": rule.allocator}).set_index("seed")
                 for item in layout.corrections:
                     inner = {"allocator": "absorption", "allocator.inner": rule.allocator}
-                    every = where(here, {**inner, **item.where})
+                    every = _comparable(where(here, {**inner, **item.where}))
                     chosen = _best_by_seed(every, layout.minimise)
                     row = (pruner, float(sparsity), rule.label, rule.allocator, item.label, plain, chosen, every)
-                    found += [Corrected(*row)] if len(chosen) and len(plain) else []
+                    found += [Corrected(*row)] if len(chosen) else []
     return found
 
 
@@ -77,13 +77,22 @@ def _searched(cells: pd.DataFrame) -> pd.Series:
     return strength == "auto"
 
 
+def _comparable(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells of those strengths that the most seeds have, so that all seeds choose among the same."""
+    if cells.empty:
+        return cells
+    seeds = {strength: set(part["seed"]) for strength, part in cells.groupby(STRENGTH)}
+    most = max(len(found) for found in seeds.values())
+    return cells[cells[STRENGTH].map(lambda strength: len(seeds[strength]) == most)]
+
+
 def _best_by_seed(cells: pd.DataFrame, minimise: str) -> pd.DataFrame:
-    best = [pick(part, minimise) for _, part in cells.groupby("seed")]
-    return pd.DataFrame([row for row in best if row is not None]).set_index("seed") if len(cells) else cells
+    best = [pick(part, minimise) for _, part in cells.groupby("seed")] if len(cells) else []
+    return pd.DataFrame([row for row in best if row is not None]).set_index("seed") if best else cells
 
 
 Accuracy = Callable[[str, float, str, str | None], float | None]
-"""Mean accuracy by pruner, sparsity, rule and source of the correction (None: the plain rule)."""
+"""Mean accuracy in percent by pruner, sparsity, rule and label of the correction (None: the plain rule)."""
 
 
 def accuracies(layout: DictConfig, cells: pd.DataFrame) -> Accuracy:
@@ -92,12 +101,14 @@ def accuracies(layout: DictConfig, cells: pd.DataFrame) -> Accuracy:
     some = cells.reindex(columns=tasks).notna().all(axis=1).any()
     measured = with_mean(layout.zeroshot, cells) if some else cells.iloc[:0]
 
-    def look_up(pruner: str, sparsity: float, rule: str, source: str | None) -> float | None:
-        conditions = {"pruner": pruner, "sparsity": sparsity, "allocator": rule if source is None else "absorption"}
-        if source is not None:
-            conditions |= {"allocator.inner": rule, "allocator.source": source, STRENGTH: "auto"}
-        found = where(measured, conditions)
-        return None if found.empty else 100 * float(found.iloc[0][layout.zeroshot.value])
+    meaning = {str(row.label): dict(row["where"]) for row in layout.corrections}
+
+    def look_up(pruner: str, sparsity: float, rule: str, label: str | None) -> float | None:
+        conditions = {"pruner": pruner, "sparsity": sparsity, "allocator": rule if label is None else "absorption"}
+        if label is not None:
+            conditions |= {"allocator.inner": rule, STRENGTH: "auto", **meaning[label]}
+        cell = pick(where(measured, conditions), None)
+        return None if cell is None else 100 * float(cell[layout.zeroshot.value])
 
     return look_up
 
@@ -105,24 +116,25 @@ def accuracies(layout: DictConfig, cells: pd.DataFrame) -> Accuracy:
 def summary(layout: DictConfig, found: Sequence[Corrected], accuracy: Accuracy) -> pd.DataFrame:
     """Rows (pruner, sparsity, rule and correction): perplexity, change, chosen strengths, zero-shot and its change."""
     rows: dict[tuple[str, str], list[str]] = {}
+    grid = {float(x) for item in found for x in item.every[STRENGTH]}
     for item in found:
         at = (item.pruner, item.sparsity, item.allocator)
-        group, plain = f"{item.pruner} {item.sparsity:.0%}", accuracy(*at, None)
-        rows.setdefault(
-            (group, item.rule), [str(Spread.of(list(item.plain[layout.value]))), "", "", _percent(plain), ""]
-        )
-        source = next(row["where"] for row in layout.corrections if row.label == item.label)
-        shown = accuracy(*at, source["allocator.source"]) if source["allocator.control"] == "none" else None
+        group, plain, shown = f"{item.pruner} {item.sparsity:.0%}", accuracy(*at, None), accuracy(*at, item.label)
+        rows.setdefault((group, item.rule), [_spread(item.plain, layout.value), "", "", _percent(plain), ""])
         rows[group, f"{item.rule}, {item.label}"] = [
-            str(Spread.of(list(item.chosen[layout.value]))),
+            _spread(item.chosen, layout.value),
             change(item.changes(layout.value)),
-            _strengths(item.chosen[STRENGTH]),
+            _strengths(item, grid),
             _percent(shown),
             "" if shown is None or plain is None else f"{shown - plain:+.2f}",
         ]
     columns = [("perplexity", ""), ("change", ""), ("strength", ""), ("zero-shot", ""), ("zero-shot", "change")]
     index = pd.MultiIndex.from_tuples(list(rows), names=["pruner", "allocation"])
     return pd.DataFrame(list(rows.values()), index=index, columns=pd.MultiIndex.from_tuples(columns))
+
+
+def _spread(cells: pd.DataFrame, value: str) -> str:
+    return str(Spread.of(list(cells[value]))) if len(cells) else "–"
 
 
 def change(logs: Sequence[float]) -> str:
@@ -137,9 +149,13 @@ def change(logs: Sequence[float]) -> str:
     return f"{middle} [{low:+.1f}, {high:+.1f}]"
 
 
-def _strengths(values: pd.Series) -> str:
-    counts = Counter(float(x) for x in values)
-    return ", ".join(f"{x:g} ({n})" if len(values) > 1 else f"{x:g}" for x, n in sorted(counts.items()))
+def _strengths(item: Corrected, grid: set[float]) -> str:
+    """Chosen strengths with how often, and of which where not the whole grid has run."""
+    counts = Counter(float(x) for x in item.chosen[STRENGTH])
+    several = len(item.chosen) > 1
+    text = ", ".join(f"{x:g} ({n})" if several else f"{x:g}" for x, n in sorted(counts.items()))
+    had = sorted({float(x) for x in item.every[STRENGTH]})
+    return text if set(had) == grid else f"{text} of {', '.join(f'{x:g}' for x in had)}"
 
 
 def _percent(value: float | None) -> str:
@@ -147,35 +163,31 @@ def _percent(value: float | None) -> str:
 
 
 def averages(layout: DictConfig, found: Sequence[Corrected], accuracy: Accuracy) -> pd.DataFrame:
-    """The change averaged over the rules that the paper averages over, the paper's number beside ours."""
+    """The change averaged over the paper's rules, where all of them have run, with the paper's average beside."""
     paper = paper_numbers(layout)
+    first = [item for item in found if item.label == layout.corrections[0].label]
     rows: dict[tuple[str, str], list[str]] = {}
-    for item in (item for item in found if item.label == layout.corrections[0].label):
-        key = (f"{item.pruner} {item.sparsity:.0%}", "mean of " + " and ".join(layout.averaged))
-        if key not in rows:
-            same = [x for x in found if _place(x) == _place(item) and x.allocator in layout.averaged]
-            logs = [float(np.mean(x.changes(layout.value))) for x in same]
-            points = [gain for rule in layout.averaged if (gain := _gain(item, rule, accuracy)) is not None]
-            theirs = where(paper, {"sparsity": item.sparsity}).set_index("metric")["value"]
-            rows[key] = [
-                f"{100 * math.expm1(np.mean(logs)):+.2f}%" if logs else "",
-                f"{theirs['perplexity']:+.2f}%" if "perplexity" in theirs else "",
-                f"{np.mean(points):+.2f}" if points else "",
-                f"{theirs['accuracy']:+.2f}" if "accuracy" in theirs else "",
-            ]
+    for pruner, sparsity in dict.fromkeys((item.pruner, item.sparsity) for item in first):
+        here = {item.allocator: item for item in first if (item.pruner, item.sparsity) == (pruner, sparsity)}
+        logs = [here[rule].changes(layout.value) for rule in layout.averaged if rule in here]
+        points = [_gain(accuracy, pruner, sparsity, rule, first[0].label) for rule in layout.averaged]
+        theirs = where(paper, {"sparsity": sparsity}).set_index("metric")["value"]
+        whole = len(logs) == len(layout.averaged) and all(logs)
+        rows[f"{pruner} {sparsity:.0%}", "mean of " + " and ".join(layout.averaged)] = [
+            f"{100 * math.expm1(np.mean([np.mean(x) for x in logs])):+.2f}%" if whole else "–",
+            f"{theirs['perplexity']:+.2f}%" if "perplexity" in theirs else "",
+            "–" if None in points else f"{np.mean([x for x in points if x is not None]):+.2f}",
+            f"{theirs['accuracy']:+.2f}" if "accuracy" in theirs else "",
+        ]
     columns = [(metric, whose) for metric in ("perplexity", "zero-shot") for whose in ("ours", "paper")]
     index = pd.MultiIndex.from_tuples(list(rows), names=["pruner", "allocation"])
     return pd.DataFrame(list(rows.values()), index=index, columns=pd.MultiIndex.from_tuples(columns))
 
 
-def _gain(item: Corrected, rule: str, accuracy: Accuracy) -> float | None:
-    """Points of zero-shot accuracy that the correction brings a rule."""
-    before, after = (accuracy(item.pruner, item.sparsity, rule, source) for source in (None, "pruned"))
+def _gain(accuracy: Accuracy, pruner: str, sparsity: float, rule: str, label: str) -> float | None:
+    """Points of zero-shot accuracy that a correction brings a rule."""
+    before, after = accuracy(pruner, sparsity, rule, None), accuracy(pruner, sparsity, rule, label)
     return None if before is None or after is None else after - before
-
-
-def _place(item: Corrected) -> tuple[str, float, str]:
-    return item.pruner, item.sparsity, item.label
 
 
 def strength_figure(
@@ -208,14 +220,14 @@ def _finish(panels: list[Axes], title: str) -> None:
 
 
 def _panel(found: Sequence[Corrected], rule: str) -> list[Corrected]:
-    """The corrections of a rule where most of them have run: the first pruner, the highest sparsity."""
+    """The corrections of a rule with the first pruner at the highest sparsity."""
     of_rule = [item for item in found if item.allocator == rule]
     top = max((item.sparsity for item in of_rule), default=0.0)
     return [item for item in of_rule if item.pruner == of_rule[0].pruner and item.sparsity == top]
 
 
 def _strength_line(axes: Axes, item: Corrected, value: str, colour: object) -> None:
-    by_strength = {0.0: item.plain[value].astype(float)}
+    by_strength = {0.0: item.plain[value].astype(float)} if len(item.plain) else {}
     for strength in set(item.every[STRENGTH]):
         by_strength[float(strength)] = where(item.every, {STRENGTH: strength})[value].astype(float)
     strengths = sorted(by_strength)
@@ -230,7 +242,8 @@ def profile_figure(folder: Path, name: str, layout: DictConfig, found: Sequence[
     shown = [items for items in (_panel(found, rule) for rule in layout.averaged) if items]
     with figures.saved(folder, name, 2.2 + 2.4 * len(shown), 2.6, max(len(shown), 1)) as (panels, files):
         for axes, items in zip(panels, shown, strict=False):
-            _profile(axes, items[0].plain, "plain", "0.2", "--")
+            if len(items[0].plain):
+                _profile(axes, items[0].plain, "plain", "0.2", "--")
             for item in items:
                 _profile(axes, item.chosen, item.label, _colours(layout)[item.label], "-")
             axes.set(title=f"{items[0].rule}, {items[0].pruner} {items[0].sparsity:.0%}", xlabel="block")

@@ -148,3 +148,12 @@ def test_the_wheel_holds_every_package_and_the_configs():
     assert found == folders
     assert set(listed) == found | {"sparsify.configs", "sparsify.experiments"}
     assert len(listed) == len(set(listed))
+
+
+@pytest.mark.parametrize("name", registry.names("allocator"))
+def test_an_allocator_alone_is_what_hydra_composes(name):
+    whole = compose("config", [f"allocator={name}"])
+    alone = OmegaConf.merge(whole, {"allocator": registry.composed("allocator", name)})
+    resolved = [OmegaConf.to_container(config.allocator, resolve=True) for config in (whole, alone)]
+    assert resolved[0] == resolved[1]
+    assert set(registry.composed("allocator", name)) == set(whole.allocator)

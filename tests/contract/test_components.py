@@ -36,10 +36,7 @@ def nodes(tree):
 
 def components(group, name):
     # An allocator's defaults may come from the model or the scale, which are absent here.
-    listed = OmegaConf.load(registry.find(group, name)).get("defaults", ())
-    base = [part for part in listed if isinstance(part, str) and part != "_self_"]
     found = list(nodes(OmegaConf.to_container(registry.composed(group, name), resolve=group == "allocator")))
-    found += [node for part in base for node in components(group, part)]
     assert found, f"configs/{group}/{name}.yaml names no component"
     return found
 

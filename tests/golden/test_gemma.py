@@ -8,7 +8,8 @@ import torch
 import sparsify
 from sparsify import paths
 from sparsify.analysis.absorption import absorption
-from sparsify.analysis.perturbation import Noise, drift
+from sparsify.analysis.drift import drift
+from sparsify.analysis.perturbation import Noise
 from sparsify.blocks import BlockView
 from sparsify.stream import Walk
 

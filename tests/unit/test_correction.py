@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from sparsify import plan, registry
 from sparsify.analysis.absorption import absorption
-from sparsify.analysis.perturbation import Noise, Pruned, drift
+from sparsify.analysis.drift import drift
+from sparsify.analysis.perturbation import Noise, Pruned
 from sparsify.blocks import BlockView
 from sparsify.corpora import Corpus
 from sparsify.data import TokenWindows, Windows
@@ -74,15 +75,34 @@ def test_a_correction_stands_below_its_rule_with_what_it_changes(cells, layout):
     rows = [list(row) for _, row in table.iterrows()]
     assert rows[0] == ["150.0 ± 635.3 (2)", "", "", "30.00", ""]
     assert rows[1] == ["135.0 ± 571.8 (2)", "-10.0% [-10.0, -10.0]", "0.2 (1), 0.8 (1)", "35.00", "+5.00"]
-    assert rows[2] == ["120.0", "+20.0%", "0.8", "", ""]
+    assert rows[2] == ["120.0", "+20.0%", "0.8 of 0.8", "", ""]
+
+
+def test_seeds_choose_among_strengths_that_all_of_them_have(cells, layout):
+    more = pd.concat([cells, pd.DataFrame([corrected("i", 1, 1.6, 1.0, 1.0)])])
+    assert list(correction.corrections(layout, more)[0].chosen["key"]) == ["c", "f"]
+
+
+def test_a_correction_whose_rule_has_not_run_has_no_change(cells, layout):
+    found = correction.corrections(layout, cells[cells["allocator"] != "owl"])
+    table = correction.summary(layout, found, correction.accuracies(layout, cells))
+    assert [row[:2] for row in table.to_numpy().tolist()[:2]] == [["–", ""], ["135.0 ± 571.8 (2)", ""]]
+
+
+def test_a_cell_that_was_not_measured_is_left_out(cells, layout):
+    found = correction.corrections(layout, cells.assign(test=cells["test"].where(cells["key"] != "b")))
+    assert found[0].changes("test") == pytest.approx([math.log(0.9)])
 
 
 def test_the_papers_averages_stand_beside_ours_at_their_sparsity(cells, layout):
     accuracy = correction.accuracies(layout, cells)
     found = correction.corrections(layout, pd.concat([cells, cells.assign(sparsity=0.6)]))
+    of_one_rule = correction.averages(layout, found, accuracy)
+    assert list(of_one_rule.loc["wanda 70%"].iloc[0]) == ["–", "-7.13%", "–", "+1.02"]
+    layout.averaged = ["owl"]
     table = correction.averages(layout, found, accuracy)
     assert list(table.loc["wanda 70%"].iloc[0]) == ["-10.00%", "-7.13%", "+5.00", "+1.02"]
-    assert list(table.loc["wanda 60%"].iloc[0]) == ["-10.00%", "", "", ""]
+    assert list(table.loc["wanda 60%"].iloc[0]) == ["-10.00%", "", "–", ""]
 
 
 def test_no_zero_shot_cell_is_no_accuracy(cells, layout):
@@ -136,9 +156,10 @@ def test_the_evaluation_holds_the_curves_of_the_drift(measured, tokens):
     assert {name for name in more if name.startswith("relative")} == {"relative.1", "relative.3"}
     assert more["relative.3"] == pytest.approx(relative[2, 2:].tolist())
     assert more["turned.1"] == pytest.approx((1 - cosine[0]).tolist())
-    assert more["pass_through.1"][0] == pytest.approx(1.0)
-    falling = [(relative[b, b:].diff() < 0).double().mean().item() if b < 3 else 1.0 for b in range(4)]
-    assert more["falls"] == pytest.approx(falling)
+    assert more["handed_on.1"] == pytest.approx(moved.handed_on()[0].mean((1, 2)).tolist())
+    squares = moved.start.square()
+    assert more["first_token"] == pytest.approx((squares[..., 0] / squares.sum(-1)).mean((1, 2)).tolist())
+    assert more["falls"][2:] == [float(relative[2, 3] < relative[2, 2]), 1.0]
 
 
 def test_one_window_and_one_draw_have_no_standard_error(make_model, tokens):
