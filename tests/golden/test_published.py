@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from sparsify import paths
+from sparsify import paths, registry
 
-TABLES = (paths.root() / "results" / "published").glob("*/*/*.md")
-PUBLISHED = sorted(file.with_suffix(".csv") for file in TABLES)
+FOLDER = paths.root() / "results" / "published"
+# Other CSV files (the swaps of Theorem 3.5) are rows of no table.
+PUBLISHED = sorted(file for file in FOLDER.glob("*/*/*.csv") if file.parent.name in registry.names("table"))
 TEXTS = (".md", ".csv", ".tex")
 
 
