@@ -1,13 +1,9 @@
 """The block walk: calibration windows carried through the model one block at a time.
 
-The model's own forward is asked once how it calls each block (masks, rotary embeddings, per layer type), with the
-blocks themselves replaced by recorders; after that each block is called directly, batch by batch, and its output
-overwrites its input in one activation buffer.
+Each block is called directly, as the model itself would call it (`entry`), batch by batch; its output overwrites its input
+in one activation buffer.
 """
 
-import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,12 +12,10 @@ from torch import Tensor, nn
 
 from sparsify.blocks import BlockView, Layer
 from sparsify.data import check_tokens
+from sparsify.entry import cast, enter
 from sparsify.errors import NumericsError
 from sparsify.replay import Replay, captured
 from sparsify.stats import Accumulator, LayerStats
-
-CACHES = ("past_key_values", "past_key_value", "layer_past", "use_cache")
-"""Arguments that would make a block remember earlier batches."""
 
 
 def default_batch_size(device: torch.device, seqlen: int) -> int:
@@ -54,7 +48,7 @@ class Walk:
         self.view = view
         size = batch_size or default_batch_size(view.device, tokens.shape[1])
         self.batches = [slice(i, min(i + size, len(tokens))) for i in range(0, len(tokens), size)]
-        self.hidden, self.calls = _enter(view, tokens, self.batches)
+        self.hidden, self.calls = enter(view, tokens, self.batches)
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -62,7 +56,7 @@ class Walk:
     def to(self, dtype: torch.dtype) -> "Walk":
         """The same walk with hidden states and block arguments of another dtype; the blocks are left as they are."""
         self.hidden = self.hidden.to(dtype)
-        self.calls = [[_cast(call, dtype) for call in calls] for calls in self.calls]
+        self.calls = [[cast(call, dtype) for call in calls] for calls in self.calls]
         return self
 
     @torch.no_grad()
@@ -140,15 +134,6 @@ class Walk:
         )
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors inside nested arguments in another dtype."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    return type(value)(_cast(item, dtype) for item in value) if type(value) in (tuple, list) else value
-
-
 def _first(out: Any) -> Tensor:
     """The hidden states among a block's outputs: a tensor in most families, first of a tuple in some."""
     hidden: Tensor = out[0] if isinstance(out, tuple) else out
@@ -220,88 +205,3 @@ class _Taps:
                     f"Layer {layer.spec.name} saw no calibration token", fix="use more calibration windows"
                 )
         return stats
-
-
-Calls = list[list[dict[str, Any]]]
-"""Keyword arguments of every block (inner) for every batch (outer)."""
-
-
-@torch.no_grad()
-def _enter(
-    view: BlockView, tokens: Int[Tensor, "n seq"], batches: list[slice]
-) -> tuple[Float[Tensor, "n seq dim"], Calls]:
-    """Hidden states before block 0, and how the model calls each block for each batch."""
-    tuples = _returns_tuple(view, tokens[:1, :2])
-    inputs: list[Tensor] = []
-    calls: Calls = []
-    for where in batches:
-        with _recording(view, tuples) as (first, seen):
-            view.model.base_model(tokens[where].to(view.device), use_cache=False)  # type: ignore[operator]
-        inputs.append(first[0])
-        calls.append(_same_or(calls[0], seen) if calls else seen)
-    return torch.cat(inputs), calls
-
-
-@contextmanager
-def _recording(view: BlockView, tuples: list[bool]) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
-    """Replace every block's forward by a recorder that passes the hidden states through."""
-    first: list[Tensor] = []
-    seen: list[dict[str, Any]] = [{} for _ in view.blocks]
-
-    def recorder(i: int, names: list[str]) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            given = dict(zip(names, args, strict=False)) | kwargs
-            hidden = given.pop(names[0])
-            if i == 0:
-                first.append(hidden)
-            seen[i] = {k: v for k, v in given.items() if k not in CACHES}
-            return (hidden, None) if tuples[i] else hidden
-
-        return forward
-
-    before = [block.__dict__.get("forward") for block in view.blocks]
-    names = [list(inspect.signature(block.forward).parameters) for block in view.blocks]
-    try:
-        for i, block in enumerate(view.blocks):
-            block.forward = recorder(i, names[i])
-        yield first, seen
-    finally:
-        for block, old in zip(view.blocks, before, strict=True):
-            del block.forward
-            if old is not None:
-                block.forward = old
-
-
-def _returns_tuple(view: BlockView, probe: Int[Tensor, "1 few"]) -> list[bool]:
-    """Run a few tokens through the real model to see which blocks return tuples."""
-    kinds: dict[int, bool] = {}
-
-    def note(i: int) -> Any:
-        return lambda _module, _args, out: kinds.__setitem__(i, isinstance(out, tuple))
-
-    handles = [block.register_forward_hook(note(i)) for i, block in enumerate(view.blocks)]
-    try:
-        view.model.base_model(probe.to(view.device), use_cache=False)  # type: ignore[operator]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [kinds[i] for i in range(len(view.blocks))]
-
-
-def _same_or(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`old` where the arguments are equal (the usual case), so that masks are stored once, not once a batch."""
-    known: dict[tuple[int, int], bool] = {}
-    return [a if _equal(a, b, known) else b for a, b in zip(old, new, strict=True)]
-
-
-def _equal(a: Any, b: Any, known: dict[tuple[int, int], bool]) -> bool:
-    """Deep equality; tensors that all blocks share are compared once (each comparison waits for the device)."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if (id(a), id(b)) not in known:
-            known[id(a), id(b)] = a.shape == b.shape and bool(torch.equal(a, b))
-        return known[id(a), id(b)]
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k], known) for k in a)
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(_equal(x, y, known) for x, y in zip(a, b, strict=True))
-    return type(a) is type(b) and bool(a == b)
