@@ -1,7 +1,7 @@
 """The block walk: calibration windows carried through the model one block at a time.
 
-Each block is called directly, as the model itself would call it (`entry`), batch by batch; its output overwrites its input
-in one activation buffer.
+Each block is called directly, as the model itself would call it (`entry`), batch by batch; its output overwrites its
+input in one activation buffer.
 """
 
 from typing import Any
