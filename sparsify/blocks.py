@@ -1,6 +1,7 @@
 """A decoder model as a row of blocks with prunable matrices inside; no class per model family."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,19 @@ class BlockView:
         """Write a snapshot back."""
         for layer in self.layers:
             layer.write(weights[layer.spec.name])
+
+    @contextmanager
+    def replaced(self, block: int, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other weights in the matrices of a block, by layer name; put back whatever happens inside."""
+        layers = self.layers_of(block)
+        before = [layer.weight.clone() for layer in layers]
+        try:
+            for layer in layers:
+                layer.write(weights[layer.spec.name])
+            yield
+        finally:
+            for layer, weight in zip(layers, before, strict=True):
+                layer.write(weight)
 
     def sparsity(self) -> float:
         """Counted zeros over all prunable weights."""

@@ -1,8 +1,7 @@
 """How the error of pruning grows over depth (ATP, Fig. 1), with what a reader needs to judge it."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -90,7 +89,7 @@ def error_growth(
     rows = []
     for block in range(len(view.blocks)):
         before, mixed = (true.hidden.clone(), pruned.hidden.clone()), _second(pruned)
-        with _dense_weights(view, dense, block):
+        with view.replaced(block, dense):
             true.advance(block)
             mixed.advance(block)
         pruned.advance(block)
@@ -104,20 +103,6 @@ def _second(walk: Walk) -> Walk:
     other = copy.copy(walk)
     other.hidden = walk.hidden.clone()
     return other
-
-
-@contextmanager
-def _dense_weights(view: BlockView, dense: Mapping[str, Tensor], block: int) -> Iterator[None]:
-    """The block as it was before pruning, whatever happens inside."""
-    layers = view.layers_of(block)
-    pruned = [layer.weight.clone() for layer in layers]
-    try:
-        for layer in layers:
-            layer.write(dense[layer.spec.name])
-        yield
-    finally:
-        for layer, weight in zip(layers, pruned, strict=True):
-            layer.write(weight)
 
 
 def _compare(true: Walk, pruned: Walk, mixed: Walk, before: tuple[Tensor, Tensor]) -> dict[str, Float[Tensor, " n"]]:

@@ -1,7 +1,7 @@
 """Ways to disturb one block of a dense model: noise at several places, or the block really pruned."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparsify.blocks import BlockView
 from sparsify.errors import UsageError
 from sparsify.pruners.base import Pruner
 from sparsify.pruners.wanda import Wanda
@@ -90,7 +89,7 @@ class Noise:
         if self.site == "weights":
             weights = {x.spec.name: x.weight for x in walk.view.layers_of(block)}
             new = {name: noisy(weight.flatten(), self.eta, draw).view_as(weight) for name, weight in weights.items()}
-            with _replaced(walk.view, block, new):
+            with walk.view.replaced(block, new):
                 return run(walk.hidden)
         with _changed_output(branch(walk.view.blocks[block], self.site), lambda out: self._add(out, draw)):
             return run(walk.hidden)
@@ -124,7 +123,7 @@ class Pruned:
         target = Target(self.sparsity)
         layers = walk.view.layers_of(block)
         new = {x.spec.name: self.pruner.prune(x.weight, stats[x.spec.name], target).weight for x in layers}
-        with _replaced(walk.view, block, new):
+        with walk.view.replaced(block, new):
             return run(walk.hidden)
 
 
@@ -169,17 +168,3 @@ def _changed_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def _replaced(view: BlockView, block: int, new: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other weights in every matrix of a block, by layer name; put back whatever happens."""
-    layers = view.layers_of(block)
-    before = [layer.weight.clone() for layer in layers]
-    try:
-        for layer in layers:
-            layer.write(new[layer.spec.name])
-        yield
-    finally:
-        for layer, weight in zip(layers, before, strict=True):
-            layer.write(weight)
