@@ -6,7 +6,7 @@ Imported on the first evaluation of a task only: lm-eval takes seconds.
 import copy
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -16,6 +16,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import lm_eval.tasks
+import lm_eval.utils
 import torch
 from datasets import Dataset
 from datasets.table import InMemoryTable
@@ -32,6 +33,9 @@ from sparsify.loss import SLICE, head_is_plain, head_logits
 VERSION = f"lm-eval {version('lm-eval')}"
 SEED = 1234
 """The harness' own seed for drawing examples."""
+
+# The harness compiles its templates for every document anew, which takes longer than a GPU needs for the answers.
+lm_eval.utils.env.from_string = lru_cache(maxsize=256)(lm_eval.utils.env.from_string)
 
 Encoded = tuple[Any, list[int], list[int]]
 """A request as the harness hands it over: the texts, the context's tokens, the continuation's."""
@@ -135,6 +139,7 @@ def _suite(task: str, shots: int, limit: int | None, data: tuple[str, ...]) -> S
     for built in tasks.values():
         built.set_config(key="num_fewshot", value=shots)
         built.set_fewshot_seed(seed=SEED)
+        _keep_documents(built)
     return Suite(tasks)
 
 
@@ -163,6 +168,12 @@ def _source(name: str, task: str, rows: dict[str, list[benchmarks.Row]], limit: 
     return {"custom_dataset": datasets, **{key: split if split in sets else None for key, split in splits.items()}}
 
 
+def _keep_documents(task: Any) -> None:
+    """Hand out the documents that were read with the task: the harness would process all of them at every look."""
+    documents = list(task.task_docs)
+    setattr(task, "test_docs" if task.has_test_docs() else "validation_docs", lambda: documents)
+
+
 def _keep_prompts(task: Any) -> None:
     """Hand out the prompts already built from now on: making them takes longer than scoring them on a GPU."""
 
@@ -188,6 +199,8 @@ class LiveModel(HFLM):  # type: ignore[misc]
             batch_size=subject.batch_size or (4 if on_cpu else 32),  # of generation
         )
         subject.model.train(training)
+        # The answers to a question share their context.
+        self.tok_encode: Callable[..., list[int]] = lru_cache(maxsize=16)(super().tok_encode)
         self._suite = suite
         self._tokens_per_forward = 2_048 if on_cpu else 32_768
         self._rows_per_forward = subject.batch_size
