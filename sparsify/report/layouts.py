@@ -16,6 +16,7 @@ from sparsify.report import (
     beta_study,
     compare,
     correction,
+    correction_figures,
     curves,
     figures,
     frame,
@@ -134,15 +135,17 @@ def absorbed(page: Page) -> list[Path]:
 
 
 def corrected(page: Page) -> list[Path]:
-    """Every rule plain, corrected and with controls; the paper's averages; strengths and profiles."""
+    """Every rule plain, corrected and with controls; the correction over the controls; the paper's averages."""
     layout, found = page.layout, correction.corrections(page.layout, page.cells)
     accuracy_of = correction.accuracies(layout, page.cells)
-    averages = f"{page.title}: the paper's averages", correction.averages(layout, found, accuracy_of)
-    files = page.write(correction.summary(layout, found, accuracy_of), [averages])
+    more = [(f"{page.title}: the paper's averages", correction.averages(layout, found, accuracy_of))]
+    if len(rivals := correction.against(layout, found)):
+        more.insert(0, (f"{page.title}: corrected over the others, below zero it is the better one", rivals))
+    files = page.write(correction.summary(layout, found, accuracy_of), more)
     protocol = str(page.cells[f"{layout.value}.protocol"].iloc[0])
     strength, profile = (f"{kind}_{page.name}_{page.stem}" for kind in ("strength", "layer_profile"))
-    files += correction.strength_figure(page.figures, strength, layout, found, page.title, protocol)
-    return files + correction.profile_figure(page.figures, profile, layout, found, page.title)
+    files += correction_figures.strength_figure(page.figures, strength, layout, found, page.title, protocol)
+    return files + correction_figures.profile_figure(page.figures, profile, layout, found, page.title)
 
 
 LAYOUTS: dict[str, Callable[[Page], list[Path]]] = {

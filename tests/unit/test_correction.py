@@ -19,7 +19,7 @@ from sparsify.errors import UsageError
 from sparsify.evaluation.absorption import AbsorptionCurves
 from sparsify.evaluation.base import Evaluator, Subject
 from sparsify.report import absorption as absorption_report
-from sparsify.report import correction, frame
+from sparsify.report import correction, correction_figures, frame
 
 TASKS = plan.table_config("table3").zeroshot.tasks
 
@@ -106,14 +106,33 @@ def test_the_papers_averages_stand_beside_ours_at_their_sparsity(cells, layout):
 
 
 def test_no_zero_shot_cell_is_no_accuracy(cells, layout):
-    assert correction.accuracies(layout, cells.drop(columns=list(TASKS)))("wanda", 0.7, "owl", None) is None
+    assert correction.accuracies(layout, cells.drop(columns=list(TASKS)))("wanda", 0.7, "owl", None) == {}
+
+
+def test_zero_shot_over_seeds_is_a_mean_with_the_paired_gain(cells, layout):
+    more = pd.DataFrame([cell("j", 1, 200.0, **asked(0.32)), corrected("k", 1, "auto", 1.0, 1.0, **asked(0.33))])
+    more = pd.concat([cells[cells["key"] != "b"], more])
+    found, accuracy = correction.corrections(layout, more), correction.accuracies(layout, more)
+    assert accuracy("wanda", 0.7, "owl", None) == pytest.approx({0: 30.0, 1: 32.0})
+    rows = [list(row)[3:] for _, row in correction.summary(layout, found, accuracy).iterrows()]
+    assert rows[0] == ["31.00 ± 12.71 (2)", ""]
+    assert rows[1] == ["34.00 ± 12.71 (2)", "+3.00 [-22.41, +28.41]"]
+
+
+def test_the_correction_is_held_against_its_controls_seed_by_seed(cells, layout):
+    found = correction.corrections(layout, cells)
+    table = correction.against(layout, found)
+    assert list(table.index) == [("wanda 70%", "OWL")]
+    assert table["control: depth ramp", ""].iloc[0] == "-25.0%"  # 90 over 120, the one seed that both have
+    assert table["control: permuted", ""].iloc[0] == ""
+    assert correction.against(layout, found[:1]).empty
 
 
 @pytest.mark.parametrize("kind", ["strength_figure", "profile_figure"])
 def test_figures_of_a_correction_are_drawn(cells, layout, tmp_path, kind):
     found = correction.corrections(layout, cells)
     more = ("W2@8",) if kind == "strength_figure" else ()
-    files = getattr(correction, kind)(tmp_path, "x", layout, found, "title", *more)
+    files = getattr(correction_figures, kind)(tmp_path, "x", layout, found, "title", *more)
     assert [file.suffix for file in files] == [".png", ".pdf"]
     assert all(file.stat().st_size > 1000 for file in files)
 
