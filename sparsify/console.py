@@ -56,11 +56,17 @@ def status(text: str) -> Iterator[None]:
 
 
 @contextmanager
-def bar(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress callback (done, total): a bar with ETA on a terminal, a line every quarter elsewhere."""
+def bar(text: str, pause: float | None = None) -> Iterator[Callable[[int, int], None]]:
+    """A progress callback (done, total): a bar with ETA on a terminal, a line every quarter elsewhere.
+
+    With a `pause` a line is printed at once, and later ones are at least so many seconds apart: for work that may be
+    short, or never call back.
+    """
     console = out()
     if not console.is_terminal:
-        yield _quarters(console, text)
+        if pause is not None:
+            console.print(f"  {text} ...")
+        yield _quarters(console, text, pause or 0.0)
         return
     columns = TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
@@ -68,12 +74,15 @@ def bar(text: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _quarters(console: Console, text: str) -> Callable[[int, int], None]:
-    start = time.monotonic()
+def _quarters(console: Console, text: str, pause: float) -> Callable[[int, int], None]:
+    start = last = time.monotonic()
 
     def update(done: int, total: int) -> None:
-        if 4 * done // total > 4 * (done - 1) // total:
-            left = (time.monotonic() - start) / done * (total - done)
+        nonlocal last
+        now = time.monotonic()
+        if 4 * done // total > 4 * (done - 1) // total and now - last >= pause:
+            last = now
+            left = (now - start) / done * (total - done)
             console.print(f"  {text}: block {done}/{total}, about {duration(left)} left")
 
     return update

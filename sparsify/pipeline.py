@@ -4,7 +4,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -169,8 +169,9 @@ def _evaluate(cell: Cell, stand: Bench, store: Store, record: dict[str, Any]) ->
         if name in record["evaluations"]:
             continue
         try:
-            with console.status(f"evaluating {name}"), _clock(stand.view.device, record["seconds"], name):
-                measured = evaluator.evaluate(subject)
+            bar, clock = console.bar(f"evaluating {name}", pause=20.0), _clock(stand.view.device, record["seconds"], name)
+            with bar as progress, clock:
+                measured = evaluator.evaluate(replace(subject, progress=progress))
         except Exception as error:
             failed[name] = error
             continue

@@ -64,8 +64,10 @@ class AbsorptionCorrected:
             raise UsageError("strength is how far a block may move", got=given, allowed=">= 0, or auto")
         if self.control not in CONTROLS:
             raise UsageError("Unknown control", got=self.control, allowed=", ".join(CONTROLS))
-        if not self.grid or min(self.grid) < 0 or self.seeds < 1:
-            raise UsageError("A grid of strengths and at least one draw are needed", got=f"{self.grid}, {self.seeds}")
+        if not self.grid or not all(isinstance(x, int | float) and 0 <= x < math.inf for x in self.grid):
+            raise UsageError("grid is a list of strengths", got=self.grid, allowed="numbers >= 0", fix="grid=[0,0.2]")
+        if self.seeds < 1 or (self.windows is not None and self.windows < 1):
+            raise UsageError("windows and seeds are numbers of things", got=(self.windows, self.seeds), allowed=">= 1")
 
     def check(self, wanted: float, num_blocks: int) -> None:
         self.inner.check(wanted, num_blocks)

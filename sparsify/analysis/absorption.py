@@ -12,6 +12,9 @@ from torch import Tensor
 from sparsify.analysis.drift import Drift
 from sparsify.errors import NumericsError, UsageError
 
+AVERAGES = ("mean_of_ratios", "ratio_of_means", "geometric", "token_ratios")
+NORMS = ("token", "frobenius")
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -34,10 +37,11 @@ class Reading:
     last: bool = True
 
     def __post_init__(self) -> None:
-        if not self.clip > 0:
-            raise UsageError("clip bounds the logarithm of r", got=self.clip, allowed="> 0")
-        if self.average not in ("mean_of_ratios", "ratio_of_means", "geometric", "token_ratios"):
-            raise UsageError("Unknown average", got=self.average, allowed="mean_of_ratios, ratio_of_means, ...")
+        if not 0 < self.clip < math.inf:
+            raise UsageError("clip bounds the logarithm of r", got=self.clip, allowed="a number above 0")
+        for name, value, allowed in (("average", self.average, AVERAGES), ("norm", self.norm, NORMS)):
+            if value not in allowed:
+                raise UsageError(f"Unknown {name}", got=value, allowed=", ".join(allowed))
         if self.average == "token_ratios" and self.norm != "token":
             raise UsageError("token_ratios are of tokens", got=f"norm={self.norm}", allowed="norm=token")
 

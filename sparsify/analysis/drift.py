@@ -42,6 +42,14 @@ class Drift:
     norm: Float[Tensor, "blocks windows seq"]
     injected: tuple[int, ...]
 
+    def over_windows(
+        self, measure: Float[Tensor, "injected blocks seeds windows"]
+    ) -> tuple[Float[Tensor, "injected blocks"], Float[Tensor, "injected blocks"]]:
+        """Mean of a measure, and its standard error over windows, all draws of a window together (NaN for one)."""
+        by_window = measure.mean(2)
+        mean, windows = by_window.mean(-1), by_window.shape[-1]
+        return mean, by_window.std(-1) / math.sqrt(windows) if windows > 1 else torch.full_like(mean, math.nan)
+
     def handed_on(
         self, norm: Literal["token", "frobenius"] = "token"
     ) -> Float[Tensor, "injected blocks seeds windows"]:

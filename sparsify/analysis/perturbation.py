@@ -62,9 +62,9 @@ class Noise:
     spared: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.eta < math.inf:
-            raise UsageError("eta is the relative size of the noise", got=self.eta, allowed="eta > 0")
-        if self.spared < 0 or (self.spared and self.site == "weights"):
+        if not isinstance(self.eta, int | float) or not 0 < self.eta < math.inf:
+            raise UsageError("eta is the relative size of the noise", got=self.eta, allowed="a number above 0")
+        if not isinstance(self.spared, int) or self.spared < 0 or (self.spared and self.site == "weights"):
             raise UsageError("spared is a number of tokens, which weights do not have", got=self.spared, fix="spared=0")
         if self.site not in ("output", "input", "attention", "mlp", "weights"):
             raise UsageError("Unknown site", got=self.site, allowed="output, input, attention, mlp, weights")

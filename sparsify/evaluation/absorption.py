@@ -53,12 +53,11 @@ class AbsorptionCurves:
         """
         text = subject.cut(self.windows)
         tokens = text.tokens[: self.limit]
-        found = drift(BlockView(subject.model), tokens, self.source, seeds=self.seeds)
+        found = drift(BlockView(subject.model), tokens, self.source, seeds=self.seeds, progress=subject.progress)
         read = absorption(found, self.reading)
         inner = read.r[:-1] if len(read.r) > 1 else read.r
         return {
-            **_curve("r", read.r, value=float(inner.log().mean().exp())),
-            **({"curve_stderr": read.stderr.tolist()} if len(tokens) > 1 else {}),
+            **_curve("r", read.r, read.stderr, value=float(inner.log().mean().exp())),
             "protocol": f"{self.windows.protocol}, first {len(tokens)}, {self.seeds} draws",
             "text": text.provenance,
             "more": [
@@ -69,14 +68,16 @@ class AbsorptionCurves:
 
     def _drifts(self, found: Drift) -> list[dict[str, Any]]:
         """Means over windows and seeds; a followed block's curves run from that block to the last."""
-        relative, cosine, handed_on = (x.mean((2, 3)) for x in (found.relative, found.cosine, found.handed_on()))
+        relative, relative_error = found.over_windows(found.relative)
+        cosine, cosine_error = found.over_windows(found.cosine)
+        handed_on, _ = found.over_windows(found.handed_on())
         blocks = relative.shape[1]
         first = (found.start[..., 0].square() / found.start.square().sum(-1)).mean((1, 2))
         more = [_curve("size", relative.diagonal()), _curve("falls", _falls(relative)), _curve("first_token", first)]
         for block in sorted({round(x) for x in torch.linspace(0, max(blocks - 2, 0), self.followed).tolist()}):
             more += [
-                _curve(f"relative.{block + 1}", relative[block, block:]),
-                _curve(f"turned.{block + 1}", 1 - cosine[block, block:]),
+                _curve(f"relative.{block + 1}", relative[block, block:], relative_error[block, block:]),
+                _curve(f"turned.{block + 1}", 1 - cosine[block, block:], cosine_error[block, block:]),
                 _curve(f"handed_on.{block + 1}", handed_on[block, block:]),
             ]
         return more
@@ -88,6 +89,13 @@ def _falls(relative: Float[Tensor, "blocks blocks"]) -> Float[Tensor, " blocks"]
     return torch.tensor([float((step < 0).double().mean()) if len(step) else 1.0 for step in steps])
 
 
-def _curve(metric: str, values: Float[Tensor, " some"], value: float | None = None) -> dict[str, Any]:
+def _curve(
+    metric: str,
+    values: Float[Tensor, " some"],
+    stderr: Float[Tensor, " some"] | None = None,
+    value: float | None = None,
+) -> dict[str, Any]:
+    """A curve with its last value, or another, and its standard errors where there are any."""
     curve = values.tolist()
-    return {"metric": metric, "value": curve[-1] if value is None else value, "curve": curve}
+    errors = {} if stderr is None or bool(stderr.isnan().any()) else {"curve_stderr": stderr.tolist()}
+    return {"metric": metric, "value": curve[-1] if value is None else value, "curve": curve, **errors}

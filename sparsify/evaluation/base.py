@@ -22,6 +22,7 @@ class Subject:
         cut: tokens of a window spec, cut once per process.
         dense: the prunable weights as they were, [out, inp] by layer name.
         batch_size: windows per forward; None picks one for the device.
+        progress: told (done, total) by evaluations that take long.
     """
 
     model: nn.Module
@@ -29,6 +30,7 @@ class Subject:
     cut: Cut
     dense: Mapping[str, Tensor]
     batch_size: int | None = None
+    progress: Callable[[int, int], None] = lambda done, total: None
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ Imported on the first evaluation of a task only: lm-eval takes seconds.
 import copy
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -88,6 +88,8 @@ def scores(task: str, shots: int, limit: int | None, subject: Subject) -> list[S
     with _quiet():
         suite = _suite(task, shots, limit, tuple(benchmarks.fingerprint(task).values()))
         model = LiveModel(subject, suite)
+        for built in suite.tasks.values():
+            built.set_fewshot_seed(seed=SEED)  # again, where an attempt before this one drew examples and failed
         found = evaluator.evaluate(model, {"tasks": suite.tasks}, limit=limit, log_samples=False, bootstrap_iters=0)
         for built in suite.tasks.values():
             _keep_prompts(built)
@@ -138,7 +140,6 @@ def _suite(task: str, shots: int, limit: int | None, data: tuple[str, ...]) -> S
         raise
     for built in tasks.values():
         built.set_config(key="num_fewshot", value=shots)
-        built.set_fewshot_seed(seed=SEED)
         _keep_documents(built)
     return Suite(tasks)
 
@@ -193,19 +194,27 @@ class LiveModel(HFLM):  # type: ignore[misc]
 
     def __init__(self, subject: Subject, suite: Suite) -> None:
         training, on_cpu = subject.model.training, next(subject.model.parameters()).device.type == "cpu"
+        self._encoded: dict[Any, list[int]] = {}
         super().__init__(
             pretrained=subject.model,
             tokenizer=copy.deepcopy(subject.tokenizer),  # the harness gives it a padding token
             batch_size=subject.batch_size or (4 if on_cpu else 32),  # of generation
         )
         subject.model.train(training)
-        # The answers to a question share their context.
-        self.tok_encode: Callable[..., list[int]] = lru_cache(maxsize=16)(super().tok_encode)
         self._suite = suite
         self._tokens_per_forward = 2_048 if on_cpu else 32_768
         self._rows_per_forward = subject.batch_size
         known = suite.batches.setdefault(subject.tokenizer, {})
         self._batches = known.setdefault((self.max_length, self._tokens_per_forward, self._rows_per_forward), [])
+
+    def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
+        """Token ids of a text; the last few are kept, as the answers to a question share their context."""
+        key = (string, args, *sorted(options.items()))
+        if key not in self._encoded:
+            if len(self._encoded) >= 16:
+                self._encoded.clear()
+            self._encoded[key] = super().tok_encode(string, *args, **options)
+        return self._encoded[key]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihood of every continuation, and whether greedy decoding would give it."""

@@ -101,7 +101,8 @@ def _geometric(values: Sequence[float]) -> float:
 def drift_figure(folder: Path, name: str, layout: DictConfig, found: list[Disturbance], title: str) -> list[Path]:
     """Relative drift (above) and distance 1 - cosine (below) from the disturbed block to the end; a column each.
 
-    Dotted: the drift if every later block handed the disturbance on and only the residual stream grew.
+    Bands: two standard errors over windows. Dotted: the drift if every later block handed the disturbance on and only
+    the residual stream grew.
     """
     shown = [item for of in layout.drifts for item in found if item.of == of]
     columns = len(shown)
@@ -112,10 +113,10 @@ def drift_figure(folder: Path, name: str, layout: DictConfig, found: list[Distur
             for block, colour in zip(blocks, mpl.colormaps["viridis"](np.linspace(0, 0.9, len(blocks))), strict=True):
                 relative = item.curve(f"relative.{block}")
                 depth = range(block, block + len(relative))
-                above.plot(depth, relative, color=colour, label=f"block {block}")
+                _banded(above, depth, item, f"relative.{block}", colour, label=f"block {block}")
                 handed_on = item.curve(f"handed_on.{block}")
                 above.plot(depth[: len(handed_on)], handed_on, ":", color=colour, linewidth=0.8)
-                below.plot(depth, item.curve(f"turned.{block}"), color=colour)
+                _banded(below, depth, item, f"turned.{block}", colour)
             for axes in (above, below):
                 axes.set_yscale("log")
             above.set_title(item.label, fontsize=7)
@@ -152,12 +153,18 @@ def coefficient_figure(folder: Path, name: str, layout: DictConfig, found: list[
 
 
 def _line(axes: Axes, item: Disturbance, colour: object, style: str) -> None:
-    """Coefficients by block with a band of two standard errors."""
-    r, errors = np.array(item.r), np.array(item.curve(kind="curve_stderr"))
-    depth = range(1, len(r) + 1)
-    axes.plot(depth, r, style, color=colour, label=item.label)
+    """Coefficients by block."""
+    _banded(axes, range(1, len(item.r) + 1), item, "", colour, style, item.label)
+
+
+def _banded(
+    axes: Axes, depth: Sequence[int], item: Disturbance, name: str, colour: object, style: str = "-", label: str = ""
+) -> None:
+    """A curve with a band of two standard errors, where they are known."""
+    values, errors = np.array(item.curve(name)), np.array(item.curve(name, "curve_stderr"))
+    axes.plot(depth, values, style, color=colour, label=label)
     if len(errors):
-        axes.fill_between(depth, r - 2 * errors, r + 2 * errors, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(depth, values - 2 * errors, values + 2 * errors, color=colour, alpha=0.15, linewidth=0)
 
 
 def _transition(axes: Axes, sweep: list[Disturbance], pruned: Disturbance | None) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ class Corrected:
         label: of the correction.
         plain: cells of the rule as it is, index by seed.
         chosen: cells of the best strength for each seed, index by seed.
-        every: cells of the strengths that all seeds of this row have, which are those to choose among.
+        every: cells of the strengths and seeds that count: every one of these seeds has every one of these strengths.
     """
 
     pruner: str
@@ -43,11 +44,11 @@ class Corrected:
     chosen: pd.DataFrame
     every: pd.DataFrame
 
-    def changes(self, value: str, against: pd.DataFrame | None = None) -> list[float]:
+    def changes(self, value: str, against: pd.DataFrame | None = None) -> dict[int, float]:
         """log(corrected / plain), or over other cells by seed, of every seed that has both."""
         other = self.plain if against is None else against
         seeds = self.chosen.index.intersection(other.index)
-        return [math.log(self.chosen.loc[s, value] / other.loc[s, value]) for s in seeds]
+        return {int(seed): math.log(self.chosen.loc[seed, value] / other.loc[seed, value]) for seed in seeds}
 
 
 def corrections(layout: DictConfig, cells: pd.DataFrame) -> list[Corrected]:
@@ -75,12 +76,14 @@ def _searched(cells: pd.DataFrame) -> pd.Series:
 
 
 def _comparable(cells: pd.DataFrame) -> pd.DataFrame:
-    """The cells of those strengths that the most seeds have, so that all seeds choose among the same."""
+    """The most cells of which every seed has every strength, so that all seeds choose among the same."""
     if cells.empty:
         return cells
     seeds = {strength: set(part["seed"]) for strength, part in cells.groupby(STRENGTH)}
-    most = max(len(found) for found in seeds.values())
-    return cells[cells[STRENGTH].map(lambda strength: len(seeds[strength]) == most)]
+    grids = [grid for size in range(1, len(seeds) + 1) for grid in combinations(seeds, size)]
+    whole = {grid: set.intersection(*(seeds[strength] for strength in grid)) for grid in grids}
+    best = max(grids, key=lambda grid: (len(grid) * len(whole[grid]), len(grid)))
+    return cells[cells[STRENGTH].isin(best) & cells["seed"].isin(whole[best])]
 
 
 def _best_by_seed(cells: pd.DataFrame, minimise: str) -> pd.DataFrame:
@@ -141,29 +144,29 @@ def _mean(by_seed: dict[int, float]) -> str:
     return str(Spread.of(list(by_seed.values()))) if by_seed else ""
 
 
-def change(logs: Sequence[float]) -> str:
-    """`-7.1% [-9.0, -5.2]`: the geometric mean of ratios with its 95% interval."""
+def change(logs: Mapping[int, float]) -> str:
+    """`-7.1% [-9.0, -5.2]`: the geometric mean over seeds of ratios with its 95% interval."""
     return _with_interval(logs, lambda log: 100 * math.expm1(log), "+.1f", "%")
 
 
-def points(differences: Sequence[float]) -> str:
-    """`+1.02 [+0.50, +1.54]`: the mean of differences with its 95% interval."""
+def points(differences: Mapping[int, float]) -> str:
+    """`+1.02 [+0.50, +1.54]`: the mean over seeds of differences with its 95% interval."""
     return _with_interval(differences, lambda difference: difference, "+.2f", "")
 
 
-def _with_interval(values: Sequence[float], shown: Callable[[float], float], digits: str, unit: str) -> str:
+def _with_interval(by_seed: Mapping[int, float], shown: Callable[[float], float], digits: str, unit: str) -> str:
     """Mean of some values and its interval, as `shown` makes them; without an interval for a single one."""
-    if not values:
+    if not by_seed:
         return ""
-    spread = Spread.of(values)
+    spread = Spread.of(list(by_seed.values()))
     middle = f"{shown(spread.mean):{digits}}{unit}"
     low, high = (f"{shown(spread.mean + side * spread.half):{digits}}" for side in (-1, 1))
     return middle if spread.n < 2 else f"{middle} [{low}, {high}]"
 
 
-def _gains(before: dict[int, float], after: dict[int, float]) -> list[float]:
+def _gains(before: dict[int, float], after: dict[int, float]) -> dict[int, float]:
     """Points of accuracy that every seed with both gains."""
-    return [after[seed] - before[seed] for seed in sorted(before.keys() & after.keys())]
+    return {seed: after[seed] - before[seed] for seed in sorted(before.keys() & after.keys())}
 
 
 def _strengths(item: Corrected, grid: set[float]) -> str:
@@ -198,11 +201,11 @@ def averages(layout: DictConfig, found: Sequence[Corrected], accuracy: Accuracy)
         logs = [item.changes(layout.value) for item in here]
         gains = [_gains(*(accuracy(pruner, sparsity, x.allocator, label) for label in (None, x.label))) for x in here]
         theirs = where(paper, {"sparsity": sparsity}).set_index("metric")["value"]
-        ours, more = (_mean_of_all(values, len(layout.averaged)) for values in (logs, gains))
+        ours, more = (_over_rules(values, len(layout.averaged)) for values in (logs, gains))
         rows[f"{pruner} {sparsity:.0%}", "mean of " + " and ".join(layout.averaged)] = [
-            "–" if ours is None else f"{100 * math.expm1(ours):+.2f}%",
+            change(ours) or "–",
             f"{theirs['perplexity']:+.2f}%" if "perplexity" in theirs else "",
-            "–" if more is None else f"{more:+.2f}",
+            points(more) or "–",
             f"{theirs['accuracy']:+.2f}" if "accuracy" in theirs else "",
         ]
     columns = [(metric, whose) for metric in ("perplexity", "zero-shot") for whose in ("ours", "paper")]
@@ -210,8 +213,9 @@ def averages(layout: DictConfig, found: Sequence[Corrected], accuracy: Accuracy)
     return pd.DataFrame(list(rows.values()), index=index, columns=pd.MultiIndex.from_tuples(columns))
 
 
-def _mean_of_all(by_rule: Sequence[Sequence[float]], rules: int) -> float | None:
-    """Mean over rules of their means over seeds; None where a rule has not run."""
-    if len(by_rule) < rules or not all(by_rule):
-        return None
-    return float(np.mean([np.mean(values) for values in by_rule]))
+def _over_rules(by_rule: Sequence[Mapping[int, float]], rules: int) -> dict[int, float]:
+    """Mean over the rules for every seed that has all of them."""
+    if len(by_rule) < rules:
+        return {}
+    seeds = set.intersection(*(set(values) for values in by_rule))
+    return {seed: float(np.mean([values[seed] for values in by_rule])) for seed in sorted(seeds)}

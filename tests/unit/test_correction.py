@@ -64,8 +64,8 @@ def test_the_strength_is_chosen_by_heldout_text_for_every_seed(cells, layout):
     found = correction.corrections(layout, cells)
     assert [item.label for item in found] == ["corrected", "control: depth ramp"]
     assert list(found[0].chosen["key"]) == ["c", "f"]
-    assert found[0].changes("test") == pytest.approx([math.log(0.9), math.log(0.9)])
-    assert found[1].changes("test") == pytest.approx([math.log(1.2)])
+    assert found[0].changes("test") == pytest.approx({0: math.log(0.9), 1: math.log(0.9)})
+    assert found[1].changes("test") == pytest.approx({0: math.log(1.2)})
 
 
 def test_a_correction_stands_below_its_rule_with_what_it_changes(cells, layout):
@@ -83,6 +83,15 @@ def test_seeds_choose_among_strengths_that_all_of_them_have(cells, layout):
     assert list(correction.corrections(layout, more)[0].chosen["key"]) == ["c", "f"]
 
 
+def test_a_seed_that_lacks_a_strength_does_not_take_it_from_the_others(cells, layout):
+    whole = [corrected(f"{s}{x}", s, x, 1.0, x) for s in (2, 3, 4) for x in (0.2, 0.8, 1.6)]
+    row = correction.corrections(layout, pd.concat([cells, pd.DataFrame(whole)]))[0]
+    assert sorted(row.chosen.index) == [0, 1, 2, 3, 4]  # two strengths of five seeds are more than three of three
+    row = correction.corrections(layout, pd.concat([cells[cells["seed"] == 0], pd.DataFrame(whole)]))[0]
+    assert sorted(row.chosen.index) == [2, 3, 4]
+    assert set(row.every["allocator.strength"]) == {0.2, 0.8, 1.6}
+
+
 def test_a_correction_whose_rule_has_not_run_has_no_change(cells, layout):
     found = correction.corrections(layout, cells[cells["allocator"] != "owl"])
     table = correction.summary(layout, found, correction.accuracies(layout, cells))
@@ -91,7 +100,7 @@ def test_a_correction_whose_rule_has_not_run_has_no_change(cells, layout):
 
 def test_a_cell_that_was_not_measured_is_left_out(cells, layout):
     found = correction.corrections(layout, cells.assign(test=cells["test"].where(cells["key"] != "b")))
-    assert found[0].changes("test") == pytest.approx([math.log(0.9)])
+    assert found[0].changes("test") == pytest.approx({0: math.log(0.9)})
 
 
 def test_the_papers_averages_stand_beside_ours_at_their_sparsity(cells, layout):
@@ -101,8 +110,8 @@ def test_the_papers_averages_stand_beside_ours_at_their_sparsity(cells, layout):
     assert list(of_one_rule.loc["wanda 70%"].iloc[0]) == ["–", "-7.13%", "–", "+1.02"]
     layout.averaged = ["owl"]
     table = correction.averages(layout, found, accuracy)
-    assert list(table.loc["wanda 70%"].iloc[0]) == ["-10.00%", "-7.13%", "+5.00", "+1.02"]
-    assert list(table.loc["wanda 60%"].iloc[0]) == ["-10.00%", "", "–", ""]
+    assert list(table.loc["wanda 70%"].iloc[0]) == ["-10.0% [-10.0, -10.0]", "-7.13%", "+5.00", "+1.02"]
+    assert list(table.loc["wanda 60%"].iloc[0]) == ["-10.0% [-10.0, -10.0]", "", "–", ""]
 
 
 def test_no_zero_shot_cell_is_no_accuracy(cells, layout):
@@ -171,6 +180,11 @@ def test_the_evaluation_holds_the_curves_of_the_drift(measured, tokens):
     assert found["value"] == pytest.approx(float(read.r[:-1].prod() ** (1 / 3)))
     more = {item["metric"]: item["curve"] for item in found["more"]}
     relative, cosine = moved.relative.mean((2, 3)), moved.cosine.mean((2, 3))
+    by_window = moved.relative[2, 2:].mean(1)
+    errors = {item["metric"]: item.get("curve_stderr") for item in found["more"]}
+    assert errors["relative.3"] == pytest.approx((by_window.std(1) / 3**0.5).tolist())
+    assert errors["turned.3"] is not None
+    assert errors["handed_on.3"] is None
     assert more["size"] == pytest.approx([0.1] * 4, rel=1e-4)
     assert {name for name in more if name.startswith("relative")} == {"relative.1", "relative.3"}
     assert more["relative.3"] == pytest.approx(relative[2, 2:].tolist())
@@ -184,7 +198,11 @@ def test_the_evaluation_holds_the_curves_of_the_drift(measured, tokens):
 def test_one_window_and_one_draw_have_no_standard_error(make_model, tokens):
     evaluator = AbsorptionCurves(Windows(Corpus("text"), "train", 12, 5), Noise(0.1), limit=1, seeds=1)
     text = TokenWindows(tokens, {"source": "ids"})
-    assert "curve_stderr" not in evaluator.evaluate(Subject(make_model(), None, lambda _: text, {}))
+    told = []
+    subject = Subject(make_model(), None, lambda _: text, {}, progress=lambda done, total: told.append((done, total)))
+    found = evaluator.evaluate(subject)
+    assert not [item for item in (found, *found["more"]) if "curve_stderr" in item]
+    assert told[-1] == (len(found["curve"]), len(found["curve"]))
 
 
 @pytest.mark.parametrize("options", [{"limit": 0}, {"seeds": 0}, {"followed": 0}])

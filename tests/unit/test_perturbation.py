@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -188,11 +189,30 @@ def test_spared_tokens_are_left_alone(make_model, tokens, site):
         (Noise, {"spared": -1}),
         (Noise, {"site": "weights", "spared": 1}),
         (Reading, {"clip": 0.0}),
+        (Reading, {"clip": math.inf}),
     ],
 )
 def test_settings_out_of_range_are_refused(kind, options):
     with pytest.raises(UsageError):
         kind(**options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        (Noise, {"eta": "big"}, "a number above 0"),
+        (Noise, {"spared": 1.5}, "number of tokens"),
+        (Noise, {"site": "head"}, "Unknown site"),
+        (Reading, {"norm": "tokn"}, "token, frobenius"),
+        (Reading, {"average": "mean"}, "geometric, token_ratios"),
+        (AbsorptionCorrected, {"grid": [0.2, "x"]}, "list of strengths"),
+        (AbsorptionCorrected, {"control": "none at all"}, "permuted, ramp, first"),
+    ],
+)
+def test_what_its_type_forbids_is_said_where_types_are_not_checked(kind, options, said):
+    given = SimpleNamespace(**{**vars(kind()), **options})  # the tests check types, and would refuse these first
+    with pytest.raises(UsageError, match=said):
+        kind.__post_init__(given)
 
 
 def test_unknown_blocks_and_branches_are_refused(toy):
@@ -378,7 +398,7 @@ def test_a_pruned_block_takes_the_wanted_sparsity(view, tokens):
         drift(view, tokens, Pruned(wanda))
 
 
-@pytest.mark.parametrize("options", [{"strength": -0.1}, {"grid": []}, {"grid": [-1.0]}, {"seeds": 0}])
+@pytest.mark.parametrize("options", [{"strength": -0.1}, {"grid": []}, {"grid": [-1.0]}, {"seeds": 0}, {"windows": 0}])
 def test_a_correction_out_of_range_is_refused(options):
     with pytest.raises(UsageError):
         AbsorptionCorrected(**options)

@@ -1,9 +1,11 @@
 """Zero-shot tasks on a model of 260,032 parameters and a real tokenizer, against the harness itself."""
 
+import gc
 import gzip
 import json
 import logging
 import math
+import weakref
 
 import pytest
 import torch
@@ -146,6 +148,49 @@ def test_a_text_is_generated_for_gsm8k(subject, tmp_path, monkeypatch):
     found = ZeroShot("gsm8k_cot", limit=2).evaluate(subject)
     assert (found["metric"], found["value"], found["protocol"]) == ("exact_match", 0, "gsm8k_cot@8-shot, first 2")
     assert [m["metric"] for m in found["more"]] == ["exact_match_flexible-extract"]
+
+
+def test_examples_are_the_same_after_an_attempt_that_failed(subject, tmp_path, monkeypatch):
+    from sparsify.evaluation import harness
+
+    rows = [json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) for i in range(30)]
+    folder = tmp_path / "zeroshot" / "gsm8k"
+    folder.mkdir(parents=True)
+    for split, some in (("train", rows[4:]), ("test", rows[:4])):
+        (folder / f"{split}.jsonl.gz").write_bytes(gzip.compress("\n".join(some).encode()))
+    monkeypatch.setenv("SPARSIFY_DATA", str(tmp_path))
+    seen = []
+
+    def answer(model, requests, **_):
+        seen.append([request.args[0] for request in requests])
+        if len(seen) == 2:
+            raise NumericsError("not this time")
+        return [""] * len(requests)
+
+    monkeypatch.setattr(harness.LiveModel, "generate_until", answer)
+    ZeroShot("gsm8k", shots=3).evaluate(subject)
+    harness._suite.cache_clear()
+    with pytest.raises(NumericsError):
+        ZeroShot("gsm8k", shots=3).evaluate(subject)
+    ZeroShot("gsm8k", shots=3).evaluate(subject)
+    assert len(set(seen[0])) == 4
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_the_harness_does_not_hold_on_to_a_model(subject):
+    from sparsify.evaluation import harness
+
+    ZeroShot("rte", limit=2).evaluate(subject)
+    suite = harness._suite("rte", 0, 2, tuple(benchmarks.fingerprint("rte").values()))
+    gc.disable()
+    try:
+        wrapper = harness.LiveModel(subject, suite)
+        wrapper.tok_encode("a few words")
+        alive = weakref.ref(wrapper)
+        del wrapper
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_weights_that_are_not_finite_are_an_error_and_not_an_accuracy(subject, model):
