@@ -134,6 +134,10 @@ def _unknown_key(error: BaseException) -> SparsifyError:
         return UsageError(f"{key} must be given", fix=f"{key}=<value>")
     if "@" in key:
         return _nothing_there(key)
+    if swaps := _of_another_component(key):
+        return UsageError(
+            "The component chosen there has no such parameter", got=key, fix=f"{' or '.join(swaps)}, then {key}=<value>"
+        )
     known = _known_keys()
     near = registry.suggest(key, known) or registry.suggest(key.rsplit(".", 1)[-1], known)
     fix = f"did you mean {near[0]}" if near else "python -m sparsify --cfg job shows every key"
@@ -154,6 +158,20 @@ def _nothing_there(key: str) -> SparsifyError:
         allowed=allowed and f"with {allowed}",
         fix=f"{owner}={options[0]} {key}=<name>" if allowed else "python -m sparsify --cfg job shows every place",
     )
+
+
+def _of_another_component(key: str) -> list[str]:
+    """What to choose for a component's place (`allocator.source`) so that it has a parameter (`eta`)."""
+    owner, _, rest = key.lstrip("+").partition(".")
+    place, _, name = rest.partition(".")
+    texts = [registry.find(owner, option).read_text() for option in registry.names(owner)] if name else []
+    groups = {group for text in texts for group in re.findall(rf"/(\w+)@{re.escape(place)}:", text)}
+    return [
+        f"{group}@{owner}.{place}={option}"
+        for group in sorted(groups)
+        for option in registry.names(group)
+        if re.search(rf"^{re.escape(name)}:", registry.find(group, option).read_text(), re.MULTILINE)
+    ]
 
 
 def _known_keys() -> list[str]:

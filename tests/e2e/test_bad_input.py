@@ -90,6 +90,10 @@ USAGE = {
         ["allocator@allocator.inner=owl"],
         ["a place allocator.inner", "Fix: allocator=absorption allocator@allocator.inner=<name>."],
     ),
+    "a parameter of a component that is not chosen": (
+        ["allocator=absorption", "allocator.source.eta=0.1"],
+        ["Got: allocator.source.eta.", "Fix: perturbation@allocator.source=noise, then allocator.source.eta=<value>."],
+    ),
     "noise below the resolution": (
         ["allocator=absorption", "perturbation@allocator.source=noise", "allocator.source.eta=1e-9", "sparsity=0.7"],
         ["drowns in the rounding of float32", "Got: eta=1e-09.", "Allowed: eta >= 4.8e-07."],
