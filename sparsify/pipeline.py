@@ -169,8 +169,8 @@ def _evaluate(cell: Cell, stand: Bench, store: Store, record: dict[str, Any]) ->
         if name in record["evaluations"]:
             continue
         try:
-            bar, clock = console.bar(f"evaluating {name}", pause=20.0), _clock(stand.view.device, record["seconds"], name)
-            with bar as progress, clock:
+            clock = _clock(stand.view.device, record["seconds"], name)
+            with console.bar(f"evaluating {name}", pause=20.0) as progress, clock:
                 measured = evaluator.evaluate(replace(subject, progress=progress))
         except Exception as error:
             failed[name] = error
