@@ -90,7 +90,7 @@ def _footer(cells: pd.DataFrame, source: Source, layout: DictConfig) -> list[str
     commits = ", ".join(sorted({_short(c) for c in cells["commit"].dropna()}))
     return [
         f"Protocol {all_of(f'{layout.value}.protocol')}; {all_of('dtype')}; calibration: {all_of('calibration')}.",
-        f"{len(cells)}{of} cells finished; {all_of('device')}; commit {commits}.",
+        f"{len(cells)}{of} {'cell' if len(cells) == 1 else 'cells'} finished; {all_of('device')}; commit {commits}.",
     ]
 
 

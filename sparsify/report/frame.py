@@ -28,7 +28,8 @@ def long(records: Iterable[Record]) -> pd.DataFrame:
 
     Columns: `key`, `scale`, `model`, `dtype`, `pattern`, `sparsity` (wanted), `achieved` (counted zeros), `seed`;
     `pruner`, `allocator`, `method` by config name, every parameter as `allocator.beta`; `num_blocks` and
-    `block_sparsity` (counted, first to last block, joined by `|`); `seconds.<step>`; where and with what it ran; then
+    `block_sparsity` (counted, first to last block, joined by `|`); `noted.<name>`, what the allocator noted as a number
+    or block by block (the chosen strength, r); `seconds.<step>`; where and with what it ran; then
     `evaluation`, `metric`, `protocol`, `value`, the hash of the tokens and, where they apply, `stderr`, `n` (documents)
     and `curve` (values by block, joined by `|`) with its `curve_stderr`. Further measurements are rows
     `<evaluation>.<metric>`.
@@ -50,8 +51,7 @@ def _rows(record: Record) -> list[dict[str, Any]]:
 def _measurement(item: Mapping[str, Any]) -> dict[str, Any]:
     """Metric and value, and of the optional columns those that the measurement has."""
     row = {name: item[name] for name in ("metric", "value", "stderr", "n") if name in item}
-    curves = {name: "|".join(f"{x:.6g}" for x in item[name]) for name in ("curve", "curve_stderr") if name in item}
-    return row | curves
+    return row | {name: _joined(item[name]) for name in ("curve", "curve_stderr") if name in item}
 
 
 def _cell(record: Record) -> dict[str, Any]:
@@ -62,8 +62,7 @@ def _cell(record: Record) -> dict[str, Any]:
         row |= _component(group, group, science[group])
     profile = block_profile(record)
     row |= _trials(record.get("trials", []))
-    if record.get("notes", {}).get("rank_correlation") is not None:
-        row["rank_correlation"] = round(record["notes"]["rank_correlation"], 3)
+    row |= _noted(record.get("notes", {}))
     row["num_blocks"] = len(profile)
     row["block_sparsity"] = "|".join(f"{value:.5f}" for value in profile)
     row |= {f"seconds.{step}": round(value, 3) for step, value in record["seconds"].items()}
@@ -97,9 +96,20 @@ def _trials(trials: list[Mapping[str, Any]]) -> dict[str, str]:
         return {}
     losses = (math.inf if t["heldout_perplexity"] is None else t["heldout_perplexity"] for t in timed)
     return {
-        "trials.heldout": "|".join(f"{x:.6g}" for x in losses),
+        "trials.heldout": _joined(losses),
         "trials.seconds": "|".join(f"{t['seconds']:.3f}" for t in timed),
     }
+
+
+def _noted(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what an allocator noted the numbers and lists of numbers; what it noted layer by layer stays in the record."""
+    numbers = {name: float(f"{x:.6g}") for name, x in notes.items() if isinstance(x, int | float)}
+    lists = {name: x for name, x in notes.items() if isinstance(x, list) and all(isinstance(y, int | float) for y in x)}
+    return {f"noted.{name}": x for name, x in (numbers | {name: _joined(x) for name, x in lists.items()}).items()}
+
+
+def _joined(values: Iterable[float]) -> str:
+    return "|".join(f"{x:.6g}" for x in values)
 
 
 def block_profile(record: Record) -> list[float]:

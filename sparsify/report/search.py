@@ -94,7 +94,7 @@ def _row(run: Run, reference: Run | None, layout: DictConfig, best: float) -> li
     if reference is not None and trials:
         equal = [run.after_trials(len(reference.heldout)), run.after_seconds(float(reference.seconds[-1]))]
     test = float(run.cell[layout.value])
-    agreement = run.cell.get("rank_correlation")
+    agreement = run.cell.get("noted.rank_correlation")
     return [
         str(trials) if trials else "",
         f"{run.seconds[-1]:.0f}" if trials else "",

@@ -65,6 +65,13 @@ def test_long_rows_survive_a_csv(tmp_path):
     assert frame.profiles(frame.wide(back)) == {"atp-0.7-0.01": [0.7, 0.7]}
 
 
+def test_what_an_allocator_noted_by_block_is_in_the_rows(tmp_path):
+    notes = {"strength": 0.4, "r": [0.5, 1.25], "alpha": {"q_proj": 2.0}, "finalists": [{"rank": 1}], "tau": None}
+    frame.long([record("owl", 0.7, 1.5, 2.5) | {"notes": notes}]).to_csv(tmp_path / "rows.csv", index=False)
+    row = frame.wide(frame.read_long(tmp_path / "rows.csv")).iloc[0]
+    assert {c: row[c] for c in row.index if c.startswith("noted.")} == {"noted.strength": 0.4, "noted.r": "0.5|1.25"}
+
+
 def test_both_selection_rules_report_the_test_value():
     found = {(e.label, e.sparsity): e for e in table.entries(LAYOUT, cells(), ["wanda"], [0.7])}
     assert (found["ATP, best β by test", 0.7].value, found["ATP, best β by test", 0.7].note) == (150.0, "beta 0.002")

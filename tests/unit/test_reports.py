@@ -17,9 +17,9 @@ def searched():
     return pd.DataFrame(
         [
             {"key": "a", "sparsity": 0.7, "allocator": "grid", "heldout": 50.0, "test": 55.0}
-            | {"trials.heldout": "80|60", "trials.seconds": "1|2", "rank_correlation": math.nan},
+            | {"trials.heldout": "80|60", "trials.seconds": "1|2", "noted.rank_correlation": math.nan},
             {"key": "b", "sparsity": 0.7, "allocator": "evolution", "heldout": 40.0, "test": 44.0}
-            | {"trials.heldout": "90|inf|30", "trials.seconds": "0.5|1.5|4", "rank_correlation": 0.5},
+            | {"trials.heldout": "90|inf|30", "trials.seconds": "0.5|1.5|4", "noted.rank_correlation": 0.5},
             {"key": "c", "sparsity": 0.7, "allocator": "uniform", "heldout": 99.0, "test": 110.0},
         ]
     )
