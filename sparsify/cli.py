@@ -134,10 +134,10 @@ def _unknown_key(error: BaseException) -> SparsifyError:
         return UsageError(f"{key} must be given", fix=f"{key}=<value>")
     if "@" in key:
         return _nothing_there(key)
+    if places := _places_of(key):
+        return UsageError(f"A {key} is chosen in its place within another component", got=key, fix=" or ".join(places))
     if swaps := _of_another_component(key):
-        return UsageError(
-            "The component chosen there has no such parameter", got=key, fix=f"{' or '.join(swaps)}, then {key}=<value>"
-        )
+        return UsageError("The component chosen there has no such parameter", got=key, fix=" or ".join(swaps))
     known = _known_keys()
     near = registry.suggest(key, known) or registry.suggest(key.rsplit(".", 1)[-1], known)
     fix = f"did you mean {near[0]}" if near else "python -m sparsify --cfg job shows every key"
@@ -146,11 +146,17 @@ def _unknown_key(error: BaseException) -> SparsifyError:
     return UsageError("There is no config key of that name", got=key, allowed=", ".join(near) or None, fix=fix + where)
 
 
+def _placed(owner: str) -> list[tuple[str, str, str]]:
+    """Components within components of a group: the option that has one, the group of what goes there, the place."""
+    texts = {option: registry.find(owner, option).read_text() for option in registry.names(owner)}
+    return [(x, group, place) for x, text in texts.items() for group, place in re.findall(r"- /(\w+)@([\w.]+):", text)]
+
+
 def _nothing_there(key: str) -> SparsifyError:
     """A component was put into a place (`allocator@allocator.inner`) that the chosen options do not have."""
     group, _, place = key.lstrip("+").partition("@")
     owner, _, name = place.partition(".")
-    options = [x for x in registry.names(owner) if f"/{group}@{name}" in registry.find(owner, x).read_text()]
+    options = [option for option, *there in _placed(owner) if there == [group, name]]
     allowed = ", ".join(f"{owner}={x}" for x in options) or None
     return UsageError(
         f"Nothing that is chosen has a place {place}",
@@ -160,18 +166,29 @@ def _nothing_there(key: str) -> SparsifyError:
     )
 
 
+def _places_of(group: str) -> list[str]:
+    """What to type for a group (`perturbation`) whose components only stand within others."""
+    owners = sorted(p.name for p in paths.configs().iterdir() if p.is_dir()) if registry.names(group) else []
+    found = [(owner, *placed) for owner in owners for placed in _placed(owner)]
+    return [f"{owner}={x} {group}@{owner}.{place}=<name>" for owner, x, there, place in found if there == group]
+
+
 def _of_another_component(key: str) -> list[str]:
-    """What to choose for a component's place (`allocator.source`) so that it has a parameter (`eta`)."""
+    """What to choose so that a component (`allocator`), or the one in a place of it (`allocator.source`), has a key."""
     owner, _, rest = key.lstrip("+").partition(".")
-    place, _, name = rest.partition(".")
-    texts = [registry.find(owner, option).read_text() for option in registry.names(owner)] if name else []
-    groups = {group for text in texts for group in re.findall(rf"/(\w+)@{re.escape(place)}:", text)}
-    return [
-        f"{group}@{owner}.{place}={option}"
-        for group in sorted(groups)
-        for option in registry.names(group)
-        if re.search(rf"^{re.escape(name)}:", registry.find(group, option).read_text(), re.MULTILINE)
-    ]
+    place, _, name = rest.rpartition(".")
+    if not place:
+        own = [f"{owner}={option}, then {key}=<value>" for option in _with_parameter(owner, name)]
+        places = dict.fromkeys((option, place) for option, _, place in _placed(owner)) if not own else ()
+        return own or [f"{owner}={x} {y}" for x, at in places for y in _of_another_component(f"{owner}.{at}.{name}")]
+    groups = sorted({group for _, group, there in _placed(owner) if there == place})
+    return [f"{g}@{owner}.{place}={x}, then {key}=<value>" for g in groups for x in _with_parameter(g, name)]
+
+
+def _with_parameter(group: str, name: str) -> list[str]:
+    """Options of a group whose YAML has a parameter of that name."""
+    has = re.compile(rf"^{re.escape(name)}:", re.MULTILINE)
+    return [option for option in registry.names(group) if has.search(registry.find(group, option).read_text())]
 
 
 def _known_keys() -> list[str]:

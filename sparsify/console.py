@@ -75,11 +75,16 @@ def bar(text: str, pause: float | None = None) -> Iterator[Callable[[int, int], 
 
 
 def _quarters(console: Console, text: str, pause: float) -> Callable[[int, int], None]:
-    start = last = time.monotonic()
+    begun = called = last = time.monotonic()
+    counts: dict[int, tuple[float, int]] = {}
 
     def update(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal called, last
         now = time.monotonic()
+        start, before = counts.get(total, (begun, 0))
+        if done <= before:  # counted anew: another trial of a search, or the pruning after a drift
+            start = called
+        counts[total], called = (start, done), now
         if 4 * done // total > 4 * (done - 1) // total and now - last >= pause:
             last = now
             left = (now - start) / done * (total - done)
@@ -98,6 +103,9 @@ def duration(seconds: float) -> str:
 KNOBS = ("beta", "fraction", "space", "algorithm", "strength")
 """Allocator parameters that tell the cells of a sweep apart."""
 
+SOURCE_KNOBS = ("eta", "site", "spared")
+"""The same of the disturbance that an allocator reads."""
+
 
 def describe(science: Mapping[str, Any]) -> str:
     """A cell in a few words: `smollm2-135m, wanda + atp(beta=0.01), 70%`."""
@@ -107,6 +115,7 @@ def describe(science: Mapping[str, Any]) -> str:
     allocator = registry.name_of("allocator", node)
     knobs = [registry.name_of("allocator", node["inner"])] if node.get("inner") else []
     knobs += [f"{k}={node[k]}" for k in KNOBS if node.get(k) is not None]
+    knobs += [f"{k}={node['source'][k]}" for k in SOURCE_KNOBS if node.get("source", {}).get(k)]
     knobs += [node["control"]] if node.get("control", "none") != "none" else []
     knob = f"({', '.join(knobs)})" if knobs else ""
     pattern = "" if science["pattern"] == "unstructured" else f" {science['pattern']}"

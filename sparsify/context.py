@@ -86,7 +86,14 @@ class DenseContext:
         """What becomes of a disturbance of each block, on the first calibration windows."""
         return self.once(  # type: ignore[no-any-return]
             ("drift", source, windows, seeds),
-            lambda: drift(self.view, self.tokens[:windows], source, seeds=seeds, progress=self.progress),
+            lambda: drift(
+                self.view,
+                self.tokens[:windows],
+                source,
+                seeds=seeds,
+                batch_size=self.batch_size,
+                progress=self.progress,
+            ),
         )
 
     def screen(self, windows: int | None) -> AbstractContextManager[Screen]:

@@ -21,6 +21,7 @@ from sparsify.models import Loaded, parse_dtype, pick_device
 from sparsify.records import Store
 from sparsify.stream import default_batch_size
 from sparsify.tracking import Tracker
+from sparsify.types import check_whole
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Cell:
         missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
         if missing:
             raise UsageError(f"{missing[0]} must be given", fix=f"{missing[0]}=<value>")
-        _check_whole("seed", config.seed, 0)
+        check_whole("seed", config.seed, 0)
         if config.batch_size is not None:
-            _check_whole("batch_size", config.batch_size, 1)
+            check_whole("batch_size", config.batch_size)
         recipe = Recipe.of(
             registry.make(config.pruner),
             registry.make(config.allocator),
@@ -72,11 +73,6 @@ class Cell:
             tracker=registry.make(config.logger),
             config=config,
         )
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UsageError(f"{name} is a whole number", got=value, allowed=f">= {least}", fix=f"{name}={max(least, 1)}")
 
 
 @dataclass

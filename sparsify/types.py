@@ -166,6 +166,19 @@ class SparsityPlan:
         return cls(targets, Ledger(**ledger))
 
 
+def check_whole(name: str, value: Any, least: int = 1, *, or_null: bool = False) -> None:
+    """Refuse what is not a whole number of at least `least`, or null where that has a meaning.
+
+    Raises:
+        UsageError: something else.
+    """
+    if or_null and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        allowed = f">= {least}, or null" if or_null else f">= {least}"
+        raise UsageError(f"{name} is a whole number", got=value, allowed=allowed, fix=f"{name}={max(least, 1)}")
+
+
 def check_sparsity(value: Any) -> float:
     """Return `value` as a float if it is a fraction of zeros below one.
 

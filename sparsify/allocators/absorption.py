@@ -16,7 +16,7 @@ from sparsify.analysis.absorption import Reading, absorption
 from sparsify.analysis.perturbation import Pruned, Source
 from sparsify.budget import fit_plan
 from sparsify.errors import NumericsError, UsageError
-from sparsify.types import LayerTable, SparsityPlan
+from sparsify.types import LayerTable, SparsityPlan, check_whole
 
 if TYPE_CHECKING:
     from sparsify.analysis.drift import Drift
@@ -30,10 +30,13 @@ class AbsorptionCorrected:
 
     Source: arXiv 2606.15161, by second-hand notes: D_l = -(u_l - mean u), u_l = clip(log r_l, +-log 3), r_l the share
     of a relative disturbance of block l that is left at the last block. No code was released; how strong the correction
-    is and how it is bounded are our reading: |D_l| <= 2 clip, so the correction moves no block by more than `strength`.
+    is and how it is bounded are our reading: |D_l| <= 2 clip, so the correction moves no block by more than `strength`,
+    before all are shifted and clipped to [0, 0.99] until the budget is met exactly. At strength 0 the plan is the inner
+    one, untouched.
 
-    The budget is met exactly after the correction and its clipping. With `strength="auto"` the strengths of `grid` are
-    tried in full and the lowest perplexity on held-out calibration text wins; zero is among them.
+    With `strength="auto"` the strengths of `grid` are tried in full and the lowest perplexity on held-out calibration
+    text wins; zero is among them. The plan has the trials of the inner allocator before its own, and its notes as
+    `inner.<name>`.
 
     Attributes:
         inner: the allocator that is corrected.
@@ -42,7 +45,7 @@ class AbsorptionCorrected:
             pruned: the abstract speaks of perturbations of pruning's scale. The notes have noise of eta = 0.01.
         reading: how coefficients are read off the drift.
         windows: calibration windows that are disturbed; None for all.
-        seeds: draws of the noise.
+        seeds: draws of the noise; the same whatever the seed of the cell, which draws other calibration text.
         grid: strengths that `auto` tries.
         control: `none`; or what the correction must beat to mean anything: `flipped` in sign, `permuted` among blocks,
             a linear `ramp` over depth of the same root mean square, or the `first` block's correction alone.
@@ -59,15 +62,23 @@ class AbsorptionCorrected:
     version: int = 1
 
     def __post_init__(self) -> None:
+        for name, kind, fix in (
+            ("inner", Allocator, "allocator@allocator.inner=<name>"),
+            ("source", Source, "perturbation@allocator.source=<name>"),
+            ("reading", Reading, "allocator.reading.average=<name>"),
+        ):
+            if not isinstance(value := getattr(self, name), kind):
+                raise UsageError(f"{name} is a component, not a value", got=repr(value), fix=fix)
         given = self.strength
         if given != "auto" and not (isinstance(given, int | float) and math.isfinite(given) and given >= 0):
             raise UsageError("strength is how far a block may move", got=given, allowed=">= 0, or auto")
         if self.control not in CONTROLS:
             raise UsageError("Unknown control", got=self.control, allowed=", ".join(CONTROLS))
-        if not self.grid or not all(isinstance(x, int | float) and 0 <= x < math.inf for x in self.grid):
+        strengths = self.grid if isinstance(self.grid, list) else []
+        if not strengths or not all(isinstance(x, int | float) and 0 <= x < math.inf for x in strengths):
             raise UsageError("grid is a list of strengths", got=self.grid, allowed="numbers >= 0", fix="grid=[0,0.2]")
-        if self.seeds < 1 or (self.windows is not None and self.windows < 1):
-            raise UsageError("windows and seeds are numbers of things", got=(self.windows, self.seeds), allowed=">= 1")
+        check_whole("windows", self.windows, or_null=True)
+        check_whole("seeds", self.seeds)
 
     def check(self, wanted: float, num_blocks: int) -> None:
         self.inner.check(wanted, num_blocks)
@@ -82,9 +93,10 @@ class AbsorptionCorrected:
         drift = context.drift(source, self.windows, self.seeds)
         shift = self._direction(drift, context.seed)
         notes = {"r": absorption(drift, self.reading).r.tolist(), "correction": shift.tolist()}
+        notes |= {f"inner.{name}": value for name, value in base.notes.items()}
         if self.strength != "auto":
             plan = corrected(base, shift, float(self.strength), layers, wanted)
-            return SparsityPlan(plan.targets, plan.ledger, notes=notes)
+            return SparsityPlan(plan.targets, plan.ledger, base.trials, notes)
         return self._search(base, shift, layers, wanted, context, notes)
 
     def _direction(self, drift: Drift, seed: int) -> Float[ndarray, " blocks"]:
@@ -117,13 +129,17 @@ class AbsorptionCorrected:
             raise NumericsError("No strength of the grid gave a finite perplexity", got=scores, fix="a lower sparsity")
         best = min(finite, key=lambda strength: finite[strength])
         trials = tuple({"strength": x, "heldout_perplexity": y} for x, y in scores.items())
-        return SparsityPlan(plans[best].targets, plans[best].ledger, trials, {**notes, "strength": best})
+        return SparsityPlan(
+            plans[best].targets, plans[best].ledger, (*base.trials, *trials), {**notes, "strength": best}
+        )
 
 
 def corrected(
     base: SparsityPlan, shift: Float[ndarray, " blocks"], strength: float, layers: LayerTable, wanted: float
 ) -> SparsityPlan:
     """The base plan with every block moved by `strength` times its entry of `shift`, at the same budget."""
+    if strength == 0:
+        return base
     now = base.sparsities()
     by_name = layers.spread((strength * shift).tolist())
     return fit_plan(layers, {name: now[name] + by_name[name] for name in now}, wanted)

@@ -16,7 +16,7 @@ from sparsify.allocators.searching import HIGH
 from sparsify.allocators.uniform import Uniform
 from sparsify.budget import fit_plan
 from sparsify.errors import NumericsError, UsageError
-from sparsify.types import LayerTable, SparsityPlan
+from sparsify.types import LayerTable, SparsityPlan, check_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,8 +74,7 @@ class Equimarginal:
                 f"band={self.band}",
                 allowed="steps, batch, settle_every >= 1, 0 < rate < 0.5, 0 < band < 1",
             )
-        if self.windows is not None and self.windows < 1:
-            raise UsageError("windows is a number of calibration windows", got=self.windows, allowed=">= 1, or null")
+        check_whole("windows", self.windows, or_null=True)
         if not 0 <= self.momentum < 1:
             raise UsageError("momentum is a share", got=self.momentum, allowed="0 <= momentum < 1")
 

@@ -18,7 +18,7 @@ from sparsify.budget import fit_plan
 from sparsify.errors import NumericsError, UsageError
 from sparsify.search.algorithms import ALGORITHMS
 from sparsify.search.spaces import Space
-from sparsify.types import LayerTable, SparsityPlan
+from sparsify.types import LayerTable, SparsityPlan, check_whole
 
 Trial = dict[str, float | None]
 HIGH = 0.99
@@ -53,8 +53,7 @@ class Searching:
         if self.statistics not in ("dense", "propagated"):
             raise UsageError("Unknown statistics of a trial", got=self.statistics, allowed="dense, propagated")
         for name, least in {"trials": 2, "finalists": 2, "windows": 1, "heldout": 1}.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UsageError(f"{name} is a number of things to try", got=getattr(self, name), allowed=f">= {least}")
+            check_whole(name, getattr(self, name), least, or_null=name in ("windows", "heldout"))
 
     def check_budget(self, wanted: float) -> None:
         """Refuse a budget that leaves no room between the bounds of a layer.

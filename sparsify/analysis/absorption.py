@@ -37,7 +37,7 @@ class Reading:
     last: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.clip < math.inf:
+        if not isinstance(self.clip, int | float) or not 0 < self.clip < math.inf:
             raise UsageError("clip bounds the logarithm of r", got=self.clip, allowed="a number above 0")
         for name, value, allowed in (("average", self.average, AVERAGES), ("norm", self.norm, NORMS)):
             if value not in allowed:

@@ -80,15 +80,15 @@ def drift(
 
     All disturbed copies travel together: block k is applied to the clean states and to those disturbed at l < k. Every
     block runs in single precision whatever the model's (half precision rounds by 5e-4 and would drown a small
-    disturbance), sums are in double precision. A seed gives the same noise whatever the blocks chosen and the batch
-    size.
+    disturbance), sums are in double precision. A draw is the same noise for any blocks chosen, any batch size and any
+    text of a shape.
 
     Args:
         view: the dense model; its weights and hooks are what they were when this returns or raises.
         tokens: token ids, [n, seqlen].
         source: the disturbance.
         blocks: blocks to disturb; None for all.
-        seeds: draws of the noise.
+        seeds: draws of the noise, numbered from 0.
         batch_size: windows per forward; None picks one for the device.
         progress: told after each block.
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from sparsify.errors import UsageError
 from sparsify.pruners.base import Pruner
 from sparsify.pruners.wanda import Wanda
+from sparsify.stats import LayerStats
 from sparsify.stream import Walk
-from sparsify.types import Target
+from sparsify.types import Target, check_whole
 
 Run = Callable[[Float[Tensor, "n seq dim"]], Float[Tensor, "n seq dim"]]
 """The block at hand, applied to all windows."""
@@ -52,7 +53,8 @@ class Noise:
     Attributes:
         eta: size: ||e|| = eta ||x|| for every token x (exactly), or for every weight matrix.
         site: `output` or `input` of the block (the residual stream), the `attention` or `mlp` branch alone (relative to
-            what the branch adds), or the block's `weights`.
+            what its module puts out: what the branch adds, but for a norm that may follow, as in Gemma), or the block's
+            `weights`.
         spared: leading tokens that are left alone. One token of most models carries a massive activation, which all
             others attend to: noise relative to its norm is a disturbance of another kind.
     """
@@ -64,7 +66,8 @@ class Noise:
     def __post_init__(self) -> None:
         if not isinstance(self.eta, int | float) or not 0 < self.eta < math.inf:
             raise UsageError("eta is the relative size of the noise", got=self.eta, allowed="a number above 0")
-        if not isinstance(self.spared, int) or self.spared < 0 or (self.spared and self.site == "weights"):
+        check_whole("spared", self.spared, 0)
+        if self.spared and self.site == "weights":
             raise UsageError("spared is a number of tokens, which weights do not have", got=self.spared, fix="spared=0")
         if self.site not in ("output", "input", "attention", "mlp", "weights"):
             raise UsageError("Unknown site", got=self.site, allowed="output, input, attention, mlp, weights")
@@ -83,20 +86,26 @@ class Noise:
         self, walk: Walk, block: int, run: Run, clean: Float[Tensor, "n seq dim"], draw: torch.Generator
     ) -> Float[Tensor, "n seq dim"]:
         if self.site == "output":
-            return self._add(clean, draw)
+            return self._add(clean, normal(clean, draw))
         if self.site == "input":
-            return run(self._add(walk.hidden, draw))
+            return run(self._add(walk.hidden, normal(walk.hidden, draw)))
         if self.site == "weights":
             weights = {x.spec.name: x.weight for x in walk.view.layers_of(block)}
-            new = {name: noisy(weight.flatten(), self.eta, draw).view_as(weight) for name, weight in weights.items()}
+            flat = {name: weight.flatten() for name, weight in weights.items()}
+            new = {name: plus(x, normal(x, draw), self.eta).view_as(weights[name]) for name, x in flat.items()}
             with walk.view.replaced(block, new):
                 return run(walk.hidden)
-        with _changed_output(branch(walk.view.blocks[block], self.site), lambda out: self._add(out, draw)):
+        # Drawn for all windows at once, so that the batches do not matter, and handed out as the branch asks.
+        noise = iter(normal(walk.hidden, draw).split([x.stop - x.start for x in walk.batches]))
+        with _changed_output(branch(walk.view.blocks[block], self.site), lambda out: self._add(out, next(noise))):
             return run(walk.hidden)
 
-    def _add(self, x: Float[Tensor, "n seq dim"], draw: torch.Generator) -> Float[Tensor, "n seq dim"]:
+    def _add(self, x: Float[Tensor, "n seq dim"], noise: Float[Tensor, "n seq dim"]) -> Float[Tensor, "n seq dim"]:
         """Noise on every token but the spared ones."""
-        return torch.cat([x[:, : self.spared], noisy(x, self.eta, draw)[:, self.spared :]], dim=1)
+        if self.spared >= x.shape[1]:
+            allowed = f"spared < {x.shape[1]}, the tokens of a window"
+            raise UsageError("Every token is spared", got=f"spared={self.spared}", allowed=allowed)
+        return torch.cat([x[:, : self.spared], plus(x, noise, self.eta)[:, self.spared :]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -111,26 +120,37 @@ class Pruned:
     pruner: Pruner = field(default_factory=Wanda)
     sparsity: float | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.pruner, Pruner):
+            fix = "pruner@allocator.source.pruner=wanda"
+            raise UsageError("pruner is a component, not a value", got=repr(self.pruner), fix=fix)
+        if self.sparsity is not None and not (isinstance(self.sparsity, int | float) and 0 < self.sparsity < 1):
+            raise UsageError("A pruned block has some zeros", got=self.sparsity, allowed="0 < sparsity < 1")
+
     def check(self, dtype: torch.dtype) -> None:
-        if self.sparsity is None or not 0 < self.sparsity < 1:
+        if self.sparsity is None:
             raise UsageError("A pruned block has some zeros", got=self.sparsity, allowed="0 < sparsity < 1")
 
     def disturbed(
         self, walk: Walk, block: int, run: Run, clean: Float[Tensor, "n seq dim"], draw: torch.Generator
     ) -> Float[Tensor, "n seq dim"]:
-        stats = walk.observe(block, self.pruner.needs) if self.pruner.needs else {}
         assert self.sparsity is not None  # `check` refused it
         target = Target(self.sparsity)
-        layers = walk.view.layers_of(block)
+        layers, needs = walk.view.layers_of(block), self.pruner.needs
+        stats = walk.observe(block, needs) if needs else {x.spec.name: LayerStats(0) for x in layers}
         new = {x.spec.name: self.pruner.prune(x.weight, stats[x.spec.name], target).weight for x in layers}
         with walk.view.replaced(block, new):
             return run(walk.hidden)
 
 
-def noisy(x: Float[Tensor, "*rows dim"], eta: float, draw: torch.Generator) -> Float[Tensor, "*rows dim"]:
-    """`x` plus Gaussian noise whose norm is `eta` times that of each row; at least in single precision."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    noise = torch.randn(x.shape, generator=draw, device=x.device, dtype=wide.dtype)
+def normal(x: Float[Tensor, "*shape"], draw: torch.Generator) -> Float[Tensor, "*shape"]:
+    """Standard normal numbers in the shape of `x`, at least in single precision."""
+    return torch.randn(x.shape, generator=draw, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def plus(x: Float[Tensor, "*rows dim"], noise: Float[Tensor, "*rows dim"], eta: float) -> Float[Tensor, "*rows dim"]:
+    """`x` plus noise scaled to `eta` times the norm of each row of `x`."""
+    wide = x.to(noise.dtype)
     scale = eta * wide.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
     return (wide + scale * noise).to(x.dtype)
 

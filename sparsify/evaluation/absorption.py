@@ -12,8 +12,8 @@ from sparsify.analysis.drift import Drift, drift
 from sparsify.analysis.perturbation import Source
 from sparsify.blocks import BlockView
 from sparsify.data import Windows
-from sparsify.errors import UsageError
 from sparsify.evaluation.base import Subject
+from sparsify.types import check_whole
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,9 @@ class AbsorptionCurves:
     version: int = 2
 
     def __post_init__(self) -> None:
-        if self.seeds < 1 or self.followed < 1 or (self.limit is not None and self.limit < 1):
-            raise UsageError(
-                "limit, seeds and followed are numbers of things", got=(self.limit, self.seeds, self.followed)
-            )
+        check_whole("limit", self.limit, or_null=True)
+        check_whole("seeds", self.seeds)
+        check_whole("followed", self.followed)
 
     def evaluate(self, subject: Subject) -> dict[str, Any]:
         """`r` (value: geometric mean over all blocks but the last); `more` has the other coefficients by block, how
@@ -53,7 +52,14 @@ class AbsorptionCurves:
         """
         text = subject.cut(self.windows)
         tokens = text.tokens[: self.limit]
-        found = drift(BlockView(subject.model), tokens, self.source, seeds=self.seeds, progress=subject.progress)
+        found = drift(
+            BlockView(subject.model),
+            tokens,
+            self.source,
+            seeds=self.seeds,
+            batch_size=subject.batch_size,
+            progress=subject.progress,
+        )
         read = absorption(found, self.reading)
         inner = read.r[:-1] if len(read.r) > 1 else read.r
         return {

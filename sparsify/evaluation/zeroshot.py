@@ -7,6 +7,7 @@ from typing import Any
 from sparsify import benchmarks
 from sparsify.errors import UsageError
 from sparsify.evaluation.base import Subject
+from sparsify.types import check_whole
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class ZeroShot:
     def __post_init__(self) -> None:
         wanted = benchmarks.find(self.task)
         for name, value, least in (("limit", self.limit, 1), ("shots", self.shots, 0)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise UsageError(f"{name} is a whole number or null", got=value, allowed=f">= {least}")
+            check_whole(name, value, least, or_null=True)
         if self.shots not in (None, wanted.shots) and not wanted.examples:
             raise UsageError(
                 f"{self.task} has no examples to put into its prompt", got=f"shots={self.shots}", allowed=wanted.shots

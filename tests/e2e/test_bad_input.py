@@ -94,6 +94,15 @@ USAGE = {
         ["allocator=absorption", "allocator.source.eta=0.1"],
         ["Got: allocator.source.eta.", "Fix: perturbation@allocator.source=noise, then allocator.source.eta=<value>."],
     ),
+    "a parameter deeper down": (
+        ["allocator=absorption", "allocator.eta=0.1"],
+        ["Fix: allocator=absorption perturbation@allocator.source=noise, then allocator.source.eta=<value>."],
+    ),
+    "a parameter of another rule": (["allocator=atp", "allocator.M=5"], ["allocator=owl, then allocator.M=<value>."]),
+    "a component that stands within others": (
+        ["perturbation=noise"],
+        ["within another component", "Fix: allocator=absorption perturbation@allocator.source=<name>."],
+    ),
     "noise below the resolution": (
         ["allocator=absorption", "perturbation@allocator.source=noise", "allocator.source.eta=1e-9", "sparsity=0.7"],
         ["drowns in the rounding of float32", "Got: eta=1e-09.", "Allowed: eta >= 4.8e-07."],

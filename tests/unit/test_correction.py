@@ -207,7 +207,7 @@ def test_one_window_and_one_draw_have_no_standard_error(make_model, tokens):
 
 @pytest.mark.parametrize("options", [{"limit": 0}, {"seeds": 0}, {"followed": 0}])
 def test_numbers_of_things_below_one_are_refused(options):
-    with pytest.raises(UsageError, match="numbers of things"):
+    with pytest.raises(UsageError, match="whole number"):
         AbsorptionCurves(Windows(Corpus("text"), "train", 12, 5), Noise(0.1), **options)
 
 
