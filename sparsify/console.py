@@ -93,6 +93,11 @@ def _quarters(console: Console, text: str, pause: float) -> Callable[[int, int],
     return update
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 cell`, `2 cells`."""
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 def duration(seconds: float) -> str:
     """`8 s`, `3 min`, `2.5 h`."""
     if seconds < 90:
@@ -151,8 +156,8 @@ def _summary(evaluations: Mapping[str, Any]) -> Iterator[str]:
         else:
             yield f"{name} {item['metric'].replace('_', ' ')} {item['value']:.4g} ({item['protocol']})"
     for limit, values in tasks.items():
-        counted = f"{len(values)} task{'s' * (len(values) > 1)}" + (f", first {limit} of each" if limit else "")
-        yield f"accuracy {sum(values) / len(values):.2%} ({counted})"
+        tasks_counted = counted(len(values), "task") + (f", first {limit} of each" if limit else "")
+        yield f"accuracy {sum(values) / len(values):.2%} ({tasks_counted})"
 
 
 def _number(value: float | None) -> str:

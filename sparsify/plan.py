@@ -160,7 +160,7 @@ def show(parts: list[Part], table: str | None) -> None:
     cells = [cell for part in parts for cell in part.cells]
     counts = Counter(cell.state for cell in cells)
     summary = ", ".join(f"{counts[s]} {s}" for s in ("done", "running", "failed", "missing", "illegal") if counts[s])
-    console.say(f"[bold]{table or 'sweep'}[/]: {len(cells)} cells: {summary or 'none'}")
+    console.say(f"[bold]{table or 'sweep'}[/]: {console.counted(len(cells), 'cell')}: {summary or 'none'}")
     left = [cell for part in parts for cell in part.missing]
     if left:
         grid_table = Table("state", "cell", "key", box=None, pad_edge=False)

@@ -86,11 +86,12 @@ def _footer(cells: pd.DataFrame, source: Source, layout: DictConfig) -> list[str
     def all_of(column: str) -> str:
         return ", ".join(sorted(set(cells[column].dropna().astype(str))))
 
-    of = "" if source.wanted is None else f" of {source.wanted}"
+    all_cells = len(cells) if source.wanted is None else source.wanted
+    some = "" if source.wanted is None else f"{len(cells)} of "
     commits = ", ".join(sorted({_short(c) for c in cells["commit"].dropna()}))
     return [
         f"Protocol {all_of(f'{layout.value}.protocol')}; {all_of('dtype')}; calibration: {all_of('calibration')}.",
-        f"{len(cells)}{of} {'cell' if len(cells) == 1 else 'cells'} finished; {all_of('device')}; commit {commits}.",
+        f"{some}{console.counted(all_cells, 'cell')} finished; {all_of('device')}; commit {commits}.",
     ]
 
 
