@@ -168,7 +168,7 @@ def _nothing_there(key: str) -> SparsifyError:
 
 def _places_of(group: str) -> list[str]:
     """What to type for a group (`perturbation`) whose components only stand within others."""
-    owners = sorted(p.name for p in paths.configs().iterdir() if p.is_dir()) if registry.names(group) else []
+    owners = sorted(p.name for p in paths.configs().iterdir() if p.is_dir())
     found = [(owner, *placed) for owner in owners for placed in _placed(owner)]
     return [f"{owner}={x} {group}@{owner}.{place}=<name>" for owner, x, there, place in found if there == group]
 
@@ -177,12 +177,12 @@ def _of_another_component(key: str) -> list[str]:
     """What to choose so that a component (`allocator`), or the one in a place of it (`allocator.source`), has a key."""
     owner, _, rest = key.lstrip("+").partition(".")
     place, _, name = rest.rpartition(".")
-    if not place:
-        own = [f"{owner}={option}, then {key}=<value>" for option in _with_parameter(owner, name)]
-        places = dict.fromkeys((option, place) for option, _, place in _placed(owner)) if not own else ()
-        return own or [f"{owner}={x} {y}" for x, at in places for y in _of_another_component(f"{owner}.{at}.{name}")]
-    groups = sorted({group for _, group, there in _placed(owner) if there == place})
-    return [f"{g}@{owner}.{place}={x}, then {key}=<value>" for g in groups for x in _with_parameter(g, name)]
+    if place:
+        groups = sorted({group for _, group, there in _placed(owner) if there == place})
+        return [f"{g}@{owner}.{place}={x}, then {key}=<value>" for g in groups for x in _with_parameter(g, name)]
+    own = [f"{owner}={option}, then {key}=<value>" for option in _with_parameter(owner, name)]
+    within = [(option, f"{owner}.{at}.{name}") for option, _, at in _placed(owner)]
+    return own or [f"{owner}={option} {swap}" for option, inner in within for swap in _of_another_component(inner)]
 
 
 def _with_parameter(group: str, name: str) -> list[str]:

@@ -49,8 +49,7 @@ class Cell:
         if missing:
             raise UsageError(f"{missing[0]} must be given", fix=f"{missing[0]}=<value>")
         check_whole("seed", config.seed, 0)
-        if config.batch_size is not None:
-            check_whole("batch_size", config.batch_size)
+        check_whole("batch_size", config.batch_size, or_null=True)
         recipe = Recipe.of(
             registry.make(config.pruner),
             registry.make(config.allocator),

@@ -103,9 +103,13 @@ def _trials(trials: list[Mapping[str, Any]]) -> dict[str, str]:
 
 def _noted(notes: Mapping[str, Any]) -> dict[str, Any]:
     """Of what an allocator noted the numbers and lists of numbers; what it noted layer by layer stays in the record."""
-    numbers = {name: float(f"{x:.6g}") for name, x in notes.items() if isinstance(x, int | float)}
-    lists = {name: x for name, x in notes.items() if isinstance(x, list) and all(isinstance(y, int | float) for y in x)}
-    return {f"noted.{name}": x for name, x in (numbers | {name: _joined(x) for name, x in lists.items()}).items()}
+    row: dict[str, Any] = {}
+    for name, noted in notes.items():
+        if isinstance(noted, int | float):
+            row[f"noted.{name}"] = float(f"{noted:.6g}")
+        elif isinstance(noted, list) and all(isinstance(x, int | float) for x in noted):
+            row[f"noted.{name}"] = _joined(noted)
+    return row
 
 
 def _joined(values: Iterable[float]) -> str:
