@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sparsify.core import PruneResult
-    from sparsify.registry import Spec
+    from sparsify.recipe import PruneResult
+    from sparsify.runs.registry import Spec
     from sparsify.types import Pattern
 
 __version__ = "0.1.0"
@@ -39,8 +39,8 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu", revision: 
     """
     from pathlib import Path
 
-    from sparsify import registry
-    from sparsify.models import HubModel
+    from sparsify.model.sources import HubModel
+    from sparsify.runs import registry
 
     if Path(source).is_dir():
         model_source: Any = HubModel(Path(source).name, source)
@@ -79,9 +79,9 @@ def windows(
     """
     from pathlib import Path
 
-    from sparsify import registry
-    from sparsify.corpora import Corpus
-    from sparsify.data import Windows
+    from sparsify.data.corpora import Corpus
+    from sparsify.data.windows import Windows
+    from sparsify.runs import registry
 
     text = Corpus(Path(corpus).stem, path=corpus) if Path(corpus).is_file() else registry.build("data", corpus)
     chosen: Any = sampler
@@ -127,9 +127,9 @@ def prune(
     """
     import torch
 
-    from sparsify import registry
-    from sparsify.blocks import BlockView
-    from sparsify.core import Recipe, prune_model
+    from sparsify.model.blocks import BlockView
+    from sparsify.recipe import Recipe, prune_model
+    from sparsify.runs import registry
 
     recipe = Recipe.of(
         registry.build("pruner", pruner),

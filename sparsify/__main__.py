@@ -2,7 +2,7 @@
 
 import sys
 
-from sparsify.cli import launch
+from sparsify.commands.cli import launch
 
 if __name__ == "__main__":
     sys.exit(launch(sys.argv[1:]))

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from sparsify import console, identity, provenance, registry
-from sparsify.blocks import BlockView
-from sparsify.core import PruneResult, Recipe, prune_model
-from sparsify.data import TokenWindows, Windows
+from sparsify.data.windows import TokenWindows, Windows
 from sparsify.errors import RecordError, SparsifyError, UsageError
 from sparsify.evaluation.base import Evaluator, Subject
-from sparsify.models import Loaded, parse_dtype, pick_device
-from sparsify.records import Store
-from sparsify.stream import default_batch_size
-from sparsify.tracking import Tracker
+from sparsify.model.blocks import BlockView
+from sparsify.model.sources import Loaded, parse_dtype, pick_device
+from sparsify.model.walk import default_batch_size
+from sparsify.recipe import PruneResult, Recipe, prune_model
+from sparsify.runs import console, identity, provenance, registry
+from sparsify.runs.records import Store
+from sparsify.runs.tracking import Tracker
 from sparsify.types import check_whole
 
 
@@ -48,6 +48,7 @@ class Cell:
         missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
         if missing:
             raise UsageError(f"{missing[0]} must be given", fix=f"{missing[0]}=<value>")
+        tree = identity.plain(config)
         check_whole("seed", config.seed, 0)
         check_whole("batch_size", config.batch_size, or_null=True)
         recipe = Recipe.of(
@@ -58,17 +59,17 @@ class Cell:
             config.sparsity,
         )
         if config.model.get("num_blocks"):
-            recipe.allocator.check(recipe.sparsity, config.model.num_blocks)
+            registry.check(tree["allocator"], recipe.sparsity, config.model.num_blocks)
         pick_device(config.device)
         parse_dtype(config.dtype)
         return cls(
-            key=identity.run_key(config),
-            science=identity.science(config),
-            evaluation_keys=identity.evaluation_keys(config),
+            key=identity.run_key(tree),
+            science=identity.science(tree),
+            evaluation_keys=identity.evaluation_keys(tree),
             recipe=recipe,
             calibration=registry.make(config.calibration),
             heldout=registry.make(config.heldout),
-            evaluators={name: registry.make(node) for name, node in identity.evaluations(config).items()},
+            evaluators={name: registry.make(node) for name, node in identity.evaluations(tree).items()},
             tracker=registry.make(config.logger),
             config=config,
         )

@@ -24,14 +24,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sparsify import cli, console, paths, pipeline
+from sparsify import paths, pipeline
+from sparsify.allocators.budget import as_is_plan
+from sparsify.allocators.context import DenseContext
 from sparsify.analysis import swaps
 from sparsify.analysis.error_growth import Growth, error_growth
-from sparsify.budget import as_is_plan
-from sparsify.context import DenseContext
+from sparsify.commands import cli
 from sparsify.errors import UsageError
 from sparsify.evaluation.perplexity import perplexity
-from sparsify.models import pick_device
+from sparsify.model.sources import pick_device
+from sparsify.runs import console
 from sparsify.types import LayerTable, SparsityPlan
 
 DEFAULTS = ["allocator=atp", "allocator.beta=0.008", "sparsity=0.7"]

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from sparsify.allocators.base import Allocator, Context, finite_or_none
+from sparsify.allocators.budget import fit_plan
 from sparsify.allocators.owl import OWL
 from sparsify.analysis.absorption import Reading, absorption
 from sparsify.analysis.perturbation import Pruned, Source
-from sparsify.budget import fit_plan
 from sparsify.errors import NumericsError, UsageError
 from sparsify.types import LayerTable, SparsityPlan, check_whole
 

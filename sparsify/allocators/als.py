@@ -8,7 +8,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from sparsify.allocators.base import Context
-from sparsify.budget import fit_plan
+from sparsify.allocators.budget import fit_plan
 from sparsify.errors import NumericsError, UsageError
 from sparsify.types import LayerTable, SparsityPlan
 

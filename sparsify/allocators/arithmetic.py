@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from sparsify.allocators.base import Context, finite_or_none
-from sparsify.budget import fit_plan
+from sparsify.allocators.budget import fit_plan
 from sparsify.errors import NumericsError, UsageError
 from sparsify.types import LayerTable, SparsityPlan
 
@@ -40,14 +41,7 @@ class Arithmetic:
 
     def check(self, wanted: float, num_blocks: int) -> None:
         """Refuse a beta that would ask a block for a sparsity outside [0, 1]."""
-        limit = legal_maximum(wanted, num_blocks)
-        if self.beta != "auto" and abs(float(self.beta)) > limit + 1e-12:
-            raise UsageError(
-                f"beta asks a block for a sparsity outside [0, 1] at sparsity {wanted:g} over {num_blocks} blocks",
-                got=self.beta,
-                allowed=f"-{limit:.6g} <= beta <= {limit:.6g}",
-                fix=f"allocator.beta={math.floor(limit * 1000) / 1000:g} or allocator.beta=auto",
-            )
+        check_beta({"beta": self.beta}, wanted, num_blocks)
 
     def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
         self.check(wanted, layers.num_blocks)
@@ -93,6 +87,23 @@ class RelativeProgression:
         beta = self.fraction * legal_maximum(wanted, layers.num_blocks) if layers.num_blocks > 1 else 0.0
         plan = Arithmetic(beta).allocate(layers, wanted, context)
         return SparsityPlan(plan.targets, plan.ledger, notes={"beta": beta})
+
+
+def check_beta(node: Mapping[str, Any], sparsity: float, num_blocks: int) -> None:
+    """Refuse a beta that would ask a block for a sparsity outside [0, 1].
+
+    Raises:
+        UsageError: with the legal range.
+    """
+    limit = legal_maximum(sparsity, num_blocks)
+    beta = node["beta"]
+    if isinstance(beta, int | float) and abs(beta) > limit + 1e-12:
+        raise UsageError(
+            f"beta asks a block for a sparsity outside [0, 1] at sparsity {sparsity:g} over {num_blocks} blocks",
+            got=beta,
+            allowed=f"-{limit:.6g} <= beta <= {limit:.6g}",
+            fix=f"allocator.beta={math.floor(limit * 1000) / 1000:g} or allocator.beta=auto",
+        )
 
 
 def progression(wanted: float, beta: float, num_blocks: int) -> list[float]:

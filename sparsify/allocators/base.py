@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from sparsify.budget import fit_plan
+from sparsify.allocators.budget import fit_plan
 from sparsify.errors import NumericsError
 from sparsify.types import LayerTable, SparsityPlan
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from sparsify.analysis.drift import Drift
     from sparsify.analysis.perturbation import Source
-    from sparsify.screen import Screen
-    from sparsify.stats import LayerStats
+    from sparsify.model.statistics import LayerStats
+    from sparsify.search.screen import Screen
 
 
 @runtime_checkable

@@ -10,9 +10,9 @@ import numpy as np
 
 from sparsify.allocators.arithmetic import RelativeProgression
 from sparsify.allocators.base import Allocator, Context
+from sparsify.allocators.budget import fit_plan
 from sparsify.allocators.searching import Searching, rule_profiles
 from sparsify.allocators.spectral import AlphaPruning
-from sparsify.budget import fit_plan
 from sparsify.errors import UsageError
 from sparsify.search import spaces
 from sparsify.types import LayerTable, SparsityPlan

@@ -12,16 +12,16 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from sparsify.allocators.base import Allocator, Context
+from sparsify.allocators.budget import fit_plan
 from sparsify.allocators.searching import HIGH
 from sparsify.allocators.uniform import Uniform
-from sparsify.budget import fit_plan
 from sparsify.errors import NumericsError, UsageError
 from sparsify.types import LayerTable, SparsityPlan, check_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsify.screen import Screen
+    from sparsify.search.screen import Screen
 
 LONGEST = 4.0
 """A layer moves at most this many times the mean step."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sparsify.allocators.base import Context
-from sparsify.budget import fit_plan
+from sparsify.allocators.budget import fit_plan
 from sparsify.errors import BudgetError
 from sparsify.types import LayerSpec, LayerTable, SparsityPlan
 

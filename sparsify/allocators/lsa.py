@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsify.allocators.base import Context, outlier_plan
 from sparsify.errors import UsageError
-from sparsify.stats import LayerStats
+from sparsify.model.statistics import LayerStats
 from sparsify.types import LayerTable, SparsityPlan
 
 BETAS = {10: 0.06, 20: 0.02, 30: 0.04, 40: 0.02, 50: 0.04, 60: 0.10, 70: 0.15, 80: 0.12}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsify.allocators.base import Context, outlier_mapping
-from sparsify.budget import fit_plan
+from sparsify.allocators.budget import fit_plan
 from sparsify.errors import NumericsError, UsageError
 from sparsify.types import LayerTable, SparsityPlan
 

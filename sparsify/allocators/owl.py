@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsify.allocators.base import Context, outlier_plan
+from sparsify.allocators.budget import fit_plan
 from sparsify.allocators.scores import mean_of, wanda_by_block
-from sparsify.budget import fit_plan
 from sparsify.errors import UsageError
 from sparsify.types import LayerTable, SparsityPlan
 

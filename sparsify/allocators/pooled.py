@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsify.allocators.base import Context
+from sparsify.allocators.budget import fit_plan
 from sparsify.allocators.scores import wanda_by_layer
-from sparsify.budget import fit_plan
 from sparsify.errors import UsageError
 from sparsify.types import LayerTable, SparsityPlan
 

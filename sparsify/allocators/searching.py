@@ -14,7 +14,7 @@ from numpy import ndarray
 from scipy.stats import spearmanr
 
 from sparsify.allocators.base import Allocator, Context, finite_or_none
-from sparsify.budget import fit_plan
+from sparsify.allocators.budget import fit_plan
 from sparsify.errors import NumericsError, UsageError
 from sparsify.search.algorithms import ALGORITHMS
 from sparsify.search.spaces import Space

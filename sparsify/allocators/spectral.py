@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsify.allocators.base import Context
-from sparsify.budget import as_is_plan, fit_plan, scale
+from sparsify.allocators.budget import as_is_plan, fit_plan, scale
 from sparsify.errors import NumericsError, UsageError
 from sparsify.types import LayerTable, SparsityPlan
 

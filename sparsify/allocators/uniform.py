@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsify.allocators.base import Context
-from sparsify.budget import fit_plan
+from sparsify.allocators.budget import fit_plan
 from sparsify.types import LayerTable, SparsityPlan
 
 

@@ -11,11 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparsify.analysis.perturbation import Run, Source
-from sparsify.blocks import BlockView
 from sparsify.errors import NumericsError, UsageError
-from sparsify.loss import batch_size_for
-from sparsify.stats import full_precision
-from sparsify.stream import Walk
+from sparsify.model.blocks import BlockView
+from sparsify.model.loss import batch_size_for
+from sparsify.model.statistics import full_precision
+from sparsify.model.walk import Walk
 
 
 @dataclass(frozen=True)

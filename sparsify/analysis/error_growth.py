@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.blocks import BlockView
 from sparsify.errors import NumericsError
-from sparsify.stream import Walk
+from sparsify.model.blocks import BlockView
+from sparsify.model.walk import Walk
 
 
 @dataclass(frozen=True)

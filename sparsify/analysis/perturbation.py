@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparsify.errors import UsageError
+from sparsify.model.statistics import LayerStats
+from sparsify.model.walk import Walk
 from sparsify.pruners.base import Pruner
 from sparsify.pruners.wanda import Wanda
-from sparsify.stats import LayerStats
-from sparsify.stream import Walk
 from sparsify.types import Target, check_whole
 
 Run = Callable[[Float[Tensor, "n seq dim"]], Float[Tensor, "n seq dim"]]

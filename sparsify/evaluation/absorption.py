@@ -10,9 +10,9 @@ from torch import Tensor
 from sparsify.analysis.absorption import Reading, absorption
 from sparsify.analysis.drift import Drift, drift
 from sparsify.analysis.perturbation import Source
-from sparsify.blocks import BlockView
-from sparsify.data import Windows
+from sparsify.data.windows import Windows
 from sparsify.evaluation.base import Subject
+from sparsify.model.blocks import BlockView
 from sparsify.types import check_whole
 
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from sparsify.data import TokenWindows, Windows
+from sparsify.data.windows import TokenWindows, Windows
 
 Cut = Callable[[Windows], TokenWindows]
 """Gives the tokens of a window spec for the model at hand."""

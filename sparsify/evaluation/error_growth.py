@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsify.analysis import error_growth as analysis
-from sparsify.blocks import BlockView
-from sparsify.data import Windows
+from sparsify.data.windows import Windows
 from sparsify.evaluation.base import Subject
+from sparsify.model.blocks import BlockView
 
 
 @dataclass(frozen=True)

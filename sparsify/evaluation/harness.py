@@ -25,10 +25,11 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 
-from sparsify import benchmarks, paths
+from sparsify import paths
+from sparsify.data import benchmarks
 from sparsify.errors import DataError, NumericsError
 from sparsify.evaluation.base import Subject
-from sparsify.loss import SLICE, head_is_plain, head_logits
+from sparsify.model.loss import SLICE, head_is_plain, head_logits
 
 VERSION = f"lm-eval {version('lm-eval')}"
 SEED = 1234

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from sparsify.data import Windows, check_tokens
+from sparsify.data.windows import Windows, check_tokens
 from sparsify.errors import NumericsError
 from sparsify.evaluation.base import Subject
-from sparsify.loss import batch_size_for, summed_loss
+from sparsify.model.loss import batch_size_for, summed_loss
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sparsify import benchmarks
+from sparsify.data import benchmarks
 from sparsify.errors import UsageError
 from sparsify.evaluation.base import Subject
 from sparsify.types import check_whole
@@ -18,7 +18,7 @@ class ZeroShot:
     beside it. Differs from the harness in that log-likelihoods are float32 whatever the dtype of the model.
 
     Attributes:
-        task: a name of `sparsify.benchmarks`.
+        task: a name of `sparsify.data.benchmarks`.
         limit: only the first so many documents (of each subject of MMLU); the protocol says so.
         shots: examples in the prompt; None is the custom of the task (MMLU 5, GSM8K 8, all others none).
     """

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsify.blocks import BlockView, Layer
 from sparsify.errors import NumericsError, SparsifyError, UsageError
+from sparsify.model.blocks import BlockView, Layer
+from sparsify.model.statistics import LayerStats, full_precision
+from sparsify.model.walk import Walk
 from sparsify.pruners.base import Pruner
-from sparsify.stats import LayerStats, full_precision
-from sparsify.stream import Walk
 from sparsify.types import SparsityPlan, Target
 
 REGIMES = ("propagated", "sequential", "dense")

@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparsify.errors import UsageError
-from sparsify.masks import Group, keep_mask
-from sparsify.stats import LayerStats
+from sparsify.model.statistics import LayerStats
+from sparsify.pruners.masks import Group, keep_mask
 from sparsify.types import Target
 
 

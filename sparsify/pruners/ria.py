@@ -6,9 +6,9 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsify.masks import Group
+from sparsify.model.statistics import LayerStats
 from sparsify.pruners.base import ScorePruner
-from sparsify.stats import LayerStats
+from sparsify.pruners.masks import Group
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparsify.errors import NumericsError, UsageError
-from sparsify.masks import keep_jointly, keep_n_of_m, slab_counts
+from sparsify.model.cuda_graph import Replay, captured
+from sparsify.model.statistics import LayerStats
 from sparsify.pruners.base import Pruned
-from sparsify.replay import Replay, captured
-from sparsify.stats import LayerStats
+from sparsify.pruners.masks import keep_jointly, keep_n_of_m, slab_counts
 from sparsify.types import Target
 
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from sparsify.model.statistics import LayerStats
 from sparsify.pruners.base import ScorePruner
-from sparsify.stats import LayerStats
 
 
 @dataclass(frozen=True)

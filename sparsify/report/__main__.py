@@ -13,11 +13,12 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from sparsify import cli, console, plan, registry
+from sparsify.commands import cli, plan
 from sparsify.errors import SparsifyError, UsageError
-from sparsify.records import Store
 from sparsify.report import accuracy, frame
 from sparsify.report.layouts import LAYOUTS, Page
+from sparsify.runs import console, registry
+from sparsify.runs.records import Store
 
 
 @dataclass(frozen=True)

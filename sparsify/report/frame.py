@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from sparsify import registry
 from sparsify.errors import RecordError
+from sparsify.runs import registry
 
 Record = Mapping[str, Any]
 

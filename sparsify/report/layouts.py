@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from sparsify import registry
 from sparsify.report import (
     absorption,
     accuracy,
@@ -25,6 +24,7 @@ from sparsify.report import (
     table,
     write,
 )
+from sparsify.runs import registry
 
 
 @dataclass(frozen=True)

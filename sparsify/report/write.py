@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sparsify.records import write_atomically
+from sparsify.runs.records import write_atomically
 
 More = Sequence[tuple[str, pd.DataFrame]]
 """Further tables of a file, each with its title."""

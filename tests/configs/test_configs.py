@@ -8,7 +8,9 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
-from sparsify import cli, paths, plan, registry
+from sparsify import paths
+from sparsify.commands import cli, plan
+from sparsify.runs import registry
 
 ROOT = paths.configs().parent
 FILES = sorted(paths.configs().rglob("*.yaml"))

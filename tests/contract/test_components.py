@@ -7,14 +7,15 @@ import torch
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from sparsify import paths, registry
-from sparsify.blocks import Layer
-from sparsify.corpora import Corpus
-from sparsify.data import Windows
+from sparsify import paths
+from sparsify.data.corpora import Corpus
+from sparsify.data.windows import Windows
 from sparsify.errors import NumericsError, SparsifyError, UsageError
 from sparsify.methods.oneshot import output_error, prune_layer
+from sparsify.model.blocks import Layer
+from sparsify.model.statistics import NEEDS, Accumulator, LayerStats
 from sparsify.pruners.base import Pruned
-from sparsify.stats import NEEDS, Accumulator, LayerStats
+from sparsify.runs import registry
 from sparsify.types import LayerSpec, Target
 
 GROUPS = {"pruner": 4, "allocator": 13, "method": 1, "eval": 1, "logger": 2, "data": 4, "model": 10}
@@ -22,7 +23,6 @@ FILES = [(group, name) for group in GROUPS for name in registry.names(group)]
 PRUNERS = registry.names("pruner")
 VERSIONED = ("pruner", "allocator", "method", "eval")
 SWEEPS = {("eval", "absorption")}  # many entries that differ from the defaults on purpose
-RESERVED = {"_target_", "defaults"}
 
 
 def nodes(tree):
@@ -57,7 +57,7 @@ def test_every_config_binds_to_its_component(group, name):
         kind = get_class(node["_target_"])
         assert dataclasses.is_dataclass(kind)
         assert kind.__dataclass_params__.frozen
-        options = {key: value for key, value in node.items() if key != "_target_"}
+        options = {key: value for key, value in node.items() if key not in ("_target_", *registry.RESERVED)}
         inspect.signature(kind).bind(**options)
         assert set(options) <= set(fields_of(node))
 

@@ -8,9 +8,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import sparsify
-from sparsify.blocks import BlockView
 from sparsify.errors import NumericsError, UnsupportedModelError
-from sparsify.stream import Walk
+from sparsify.model.blocks import BlockView
+from sparsify.model.walk import Walk
 
 SEQLEN = 11  # longer than the sliding windows of the families that have one
 PRUNERS = ["magnitude", "wanda", "ria", "sparsegpt"]

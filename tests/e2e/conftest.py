@@ -26,7 +26,7 @@ def results(tmp_path):
 @pytest.fixture
 def go(results, capsys):
     """Run `python -m sparsify` with overrides; exit code, output and errors."""
-    from sparsify import cli
+    from sparsify.commands import cli
 
     def run(*overrides, sweep=False):
         capsys.readouterr()

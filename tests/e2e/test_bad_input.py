@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import sparsify
-from sparsify import records as store
 from sparsify.errors import NumericsError
+from sparsify.runs import records as store
 
 TEXTS = (
     "model={inputs}/model",
@@ -22,7 +22,7 @@ TEXTS = (
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory, tiny):
     """A results folder with one finished record."""
-    from sparsify import cli
+    from sparsify.commands import cli
 
     folder = tmp_path_factory.mktemp("earlier")
     assert cli.launch([*tiny, f"results={folder}"]) == 0
@@ -151,7 +151,9 @@ NOT_HERE = {
 OTHER = {
     "a preset without -m": (["experiment=atp/beta_curve"], 2, ["-m"]),
     "results in a file": (["results={inputs}/long.txt"], 1, ["long.txt", "results="]),
-    "a component that is not there": (["logger._target_=sparsify.tracking.Nothing"], 2, ["sparsify.tracking.Nothing"]),
+    "a component by its path": (["logger._target_=os.system"], 2, ["logger._target_", "logger=<name>"]),
+    "a version": (["pruner.version=7"], 2, ["pruner.version=7", "leave pruner.version out"]),
+    "a version inside": (["allocator=absorption", "+allocator.inner.version=7"], 2, ["allocator.inner.version"]),
     "a seed in words": (["seed=abc"], 2, ["Got: abc."]),
     "a batch size in words": (["batch_size=abc", "sparsity=0.6"], 2, ["Got: abc."]),
 }

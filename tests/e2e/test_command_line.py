@@ -7,16 +7,18 @@ from types import ModuleType
 
 import pytest
 
-from sparsify import sweep
-from sparsify.blocks import BlockView
+from sparsify.commands import sweep
 from sparsify.errors import NumericsError
 from sparsify.evaluation.perplexity import Perplexity
+from sparsify.model.blocks import BlockView
 
-EXTRA = "+eval.extra={_target_:sparsify.evaluation.perplexity.Perplexity,windows:{_target_:sparsify.data.Windows,"
+EXTRA = (
+    "+eval.extra={_target_:sparsify.evaluation.perplexity.Perplexity,windows:{_target_:sparsify.data.windows.Windows,"
+)
 EXTRA += "text:${test.text},split:test,seqlen:16,windows:3}}"
 KILLED = """
 import os, signal, sys
-from sparsify.cli import launch
+from sparsify.commands.cli import launch
 from sparsify.evaluation.perplexity import Perplexity
 
 evaluate, calls = Perplexity.evaluate, []

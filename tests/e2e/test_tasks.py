@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from sparsify import benchmarks
+from sparsify.data import benchmarks
 from sparsify.errors import NumericsError
 from sparsify.evaluation.zeroshot import ZeroShot
 
 KILLED = """
 import os, signal, sys
-from sparsify.cli import launch
+from sparsify.commands.cli import launch
 from sparsify.evaluation.zeroshot import ZeroShot
 
 def deadly(self, subject):

@@ -10,8 +10,8 @@ from sparsify import paths
 from sparsify.analysis.absorption import absorption
 from sparsify.analysis.drift import drift
 from sparsify.analysis.perturbation import Noise
-from sparsify.blocks import BlockView
-from sparsify.stream import Walk
+from sparsify.model.blocks import BlockView
+from sparsify.model.walk import Walk
 
 TEXT = "Hello   world,\t\ttab\n\n\nx  <h1>héllo</h1> 日本語 🙂🏽 don't 12345"
 IDS = [

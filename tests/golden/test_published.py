@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsify import paths, registry
+from sparsify import paths
+from sparsify.runs import registry
 
 FOLDER = paths.root() / "results" / "published"
 # Other CSV files (the swaps of Theorem 3.5) are rows of no table.

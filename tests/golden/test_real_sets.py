@@ -7,13 +7,14 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import sparsify
-from sparsify import paths, registry
+from sparsify import paths
 from sparsify.allocators.arithmetic import Arithmetic
+from sparsify.allocators.context import DenseContext
 from sparsify.allocators.spectral import AlphaPruning
-from sparsify.blocks import BlockView
-from sparsify.context import DenseContext
-from sparsify.data import encode
-from sparsify.masks import num_zeros
+from sparsify.data.windows import encode
+from sparsify.model.blocks import BlockView
+from sparsify.pruners.masks import num_zeros
+from sparsify.runs import registry
 
 RELEASED = paths.configs().parent / "experiments" / "released_code"
 BETAS = ("0.002", "0.006", "0.01", "0.014", "0.018", "0.02")

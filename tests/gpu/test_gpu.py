@@ -4,9 +4,9 @@ import pytest
 import torch
 from families import FAMILIES
 
-from sparsify.blocks import BlockView
+from sparsify.model.blocks import BlockView
+from sparsify.model.walk import Walk
 from sparsify.pruners.sparsegpt import _captured_walk, eliminate, eliminate_replayed, inverse_factor
-from sparsify.stream import Walk
 from sparsify.types import Target
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

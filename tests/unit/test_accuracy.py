@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from sparsify import plan
+from sparsify.commands import plan
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.report import accuracy, table, write
 

@@ -10,7 +10,7 @@ from sparsify.allocators.owl import OWL
 from sparsify.allocators.spectral import AlphaPruning, alpha_mid, alpha_peak, spectral_profile, spectrum
 from sparsify.allocators.uniform import Uniform
 from sparsify.errors import NumericsError, UsageError
-from sparsify.stats import LayerStats
+from sparsify.model.statistics import LayerStats
 from sparsify.types import check_sparsity
 
 

@@ -17,7 +17,7 @@ from sparsify.allocators.lsa import LSA, minimal_error, released_beta
 from sparsify.allocators.neuronal import GRID, NeuronAL, activation_shift, legal_grid, schedule
 from sparsify.allocators.pooled import LAMP, Global, lamp_scores, shares_below
 from sparsify.errors import BudgetError, NumericsError, UsageError
-from sparsify.stats import LayerStats
+from sparsify.model.statistics import LayerStats
 
 
 class FakeContext(Context):
@@ -331,10 +331,10 @@ def test_neuronal_picks_the_schedule_that_moves_the_activations_least(blocks):
 
 
 def test_the_input_norms_of_a_context_are_those_around_pruning_and_leave_the_model_dense(make_model, tokens):
-    from sparsify.blocks import BlockView
-    from sparsify.context import DenseContext
+    from sparsify.allocators.context import DenseContext
+    from sparsify.model.blocks import BlockView
+    from sparsify.model.walk import Walk
     from sparsify.pruners.wanda import Wanda
-    from sparsify.stream import Walk
 
     view = BlockView(make_model())
     dense = view.snapshot()
@@ -358,8 +358,8 @@ def test_the_input_norms_of_a_context_are_those_around_pruning_and_leave_the_mod
 
 
 def test_the_hidden_states_of_a_context_are_what_enters_each_block(make_model, tokens):
-    from sparsify.blocks import BlockView
-    from sparsify.context import DenseContext
+    from sparsify.allocators.context import DenseContext
+    from sparsify.model.blocks import BlockView
 
     model = make_model()
     seen = [x.clone() for x in DenseContext(BlockView(model), tokens).hidden_states(2)]
@@ -371,8 +371,8 @@ def test_the_hidden_states_of_a_context_are_what_enters_each_block(make_model, t
 
 
 def test_trials_need_a_pruner(make_model, tokens):
-    from sparsify.blocks import BlockView
-    from sparsify.context import DenseContext
+    from sparsify.allocators.context import DenseContext
+    from sparsify.model.blocks import BlockView
 
     view = BlockView(make_model())
     with pytest.raises(UsageError, match="pruner"):
@@ -522,7 +522,7 @@ def composed(*overrides):
     ],
 )
 def test_owl_and_alphapruning_take_the_settings_published_for_a_model(overrides, expected):
-    from sparsify import registry
+    from sparsify.runs import registry
 
     config = composed(*overrides)
     assert {key: config.allocator[key] for key in expected} == expected
@@ -531,15 +531,16 @@ def test_owl_and_alphapruning_take_the_settings_published_for_a_model(overrides,
 
 
 def test_alone_an_allocator_has_its_own_defaults():
-    from sparsify import registry
+    from sparsify.runs import registry
 
     assert registry.build("allocator", "owl").M == 5.0
     assert registry.build("allocator", ("alphapruning", {"clip": False})).tau == 0.3
 
 
 def test_what_is_published_moves_a_runs_identity_only_by_the_values_it_gives():
-    from sparsify import identity
+    from sparsify.runs import identity
 
-    tree = identity.science(composed("model=llama2-7b", "allocator=owl", "calibration.text.path=README.md"))
+    config = composed("model=llama2-7b", "allocator=owl", "calibration.text.path=README.md")
+    tree = identity.science(identity.plain(config))
     assert "published" not in tree["model"]
     assert tree["allocator"]["M"] == 5.0

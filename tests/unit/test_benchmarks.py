@@ -4,7 +4,8 @@ import json
 import pyarrow as pa
 import pytest
 
-from sparsify import benchmarks, paths
+from sparsify import paths
+from sparsify.data import benchmarks
 from sparsify.errors import DataError, UsageError
 
 PIQA = [{"goal": "Stay é warm", "sol1": "coat", "sol2": "ice", "label": 0}]

@@ -2,7 +2,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import assume, given, settings
 
-from sparsify.budget import apply_pattern, as_is_plan, fit_plan, scale, shift
+from sparsify.allocators.budget import apply_pattern, as_is_plan, fit_plan, scale, shift
 from sparsify.errors import BudgetError, PatternError
 from sparsify.types import Ledger, Pattern, SparsityPlan, Target
 

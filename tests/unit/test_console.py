@@ -3,8 +3,8 @@ import io
 import pytest
 from rich.console import Console
 
-from sparsify import console, registry
-from sparsify.registry import composed
+from sparsify.runs import console, registry
+from sparsify.runs.registry import composed
 
 
 @pytest.mark.parametrize(

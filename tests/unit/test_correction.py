@@ -8,18 +8,19 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sparsify import plan, registry
 from sparsify.analysis.absorption import absorption
 from sparsify.analysis.drift import drift
 from sparsify.analysis.perturbation import Noise, Pruned
-from sparsify.blocks import BlockView
-from sparsify.corpora import Corpus
-from sparsify.data import TokenWindows, Windows
+from sparsify.commands import plan
+from sparsify.data.corpora import Corpus
+from sparsify.data.windows import TokenWindows, Windows
 from sparsify.errors import UsageError
 from sparsify.evaluation.absorption import AbsorptionCurves
 from sparsify.evaluation.base import Evaluator, Subject
+from sparsify.model.blocks import BlockView
 from sparsify.report import absorption as absorption_report
 from sparsify.report import correction, correction_figures, frame
+from sparsify.runs import registry
 
 TASKS = plan.table_config("table3").zeroshot.tasks
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from sparsify.corpora import Corpus
-from sparsify.data import Windows, encode, hash_tokens
+from sparsify.data.corpora import Corpus
+from sparsify.data.windows import Windows, encode, hash_tokens
 from sparsify.errors import DataError, UsageError
 
 

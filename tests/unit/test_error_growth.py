@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparsify import paths, plan
+from sparsify import paths
 from sparsify.analysis import swaps
 from sparsify.analysis.error_growth import METRICS, Growth, error_growth
-from sparsify.blocks import BlockView
-from sparsify.corpora import Corpus
-from sparsify.data import TokenWindows, Windows
+from sparsify.commands import plan
+from sparsify.data.corpora import Corpus
+from sparsify.data.windows import TokenWindows, Windows
 from sparsify.errors import NumericsError, UsageError
 from sparsify.evaluation.base import Evaluator, Subject
 from sparsify.evaluation.error_growth import ErrorGrowth
+from sparsify.model.blocks import BlockView
 from sparsify.report import curves, frame
 
 LAYOUT = plan.table_config("error_growth")

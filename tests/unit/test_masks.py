@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from sparsify.errors import NumericsError, PatternError, UsageError
-from sparsify.masks import keep_mask, num_zeros, slab_counts
+from sparsify.pruners.masks import keep_mask, num_zeros, slab_counts
 from sparsify.types import Target
 
 SPARSITY = st.one_of(st.floats(0, 1), st.integers(0, 20).map(lambda i: i / 20))

@@ -4,9 +4,11 @@ from itertools import pairwise
 
 import pytest
 
-from sparsify import models, paths, registry
+from sparsify import paths
 from sparsify.errors import DataError, SparsifyError
-from sparsify.models import GGUFModel
+from sparsify.model import sources as models
+from sparsify.model.sources import GGUFModel
+from sparsify.runs import registry
 
 CONTENT = b"GGUF, as far as these tests go"
 

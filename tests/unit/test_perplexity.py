@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparsify
-from sparsify import loss as module
 from sparsify.errors import DataError, NumericsError
+from sparsify.model import loss as module
 
 SIZES = {
     "vocab_size": 96,

@@ -7,18 +7,18 @@ import torch
 from scipy.special import ellipe
 from torch import nn
 
-from sparsify import registry
 from sparsify.allocators.absorption import AbsorptionCorrected
 from sparsify.allocators.arithmetic import Arithmetic
+from sparsify.allocators.budget import weighted_mean
+from sparsify.allocators.context import DenseContext
 from sparsify.allocators.owl import OWL
 from sparsify.allocators.spectral import AlphaPruning
 from sparsify.analysis.absorption import Reading, absorption
 from sparsify.analysis.drift import Drift, drift
 from sparsify.analysis.perturbation import Noise, Pruned, branch, normal, plus
-from sparsify.blocks import BlockView
-from sparsify.budget import weighted_mean
-from sparsify.context import DenseContext
 from sparsify.errors import NumericsError, UsageError
+from sparsify.model.blocks import BlockView
+from sparsify.runs import registry
 
 SITES = ("output", "input", "attention", "mlp", "weights")
 

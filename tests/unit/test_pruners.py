@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from sparsify.errors import NumericsError, UsageError
+from sparsify.model.statistics import Accumulator
 from sparsify.pruners import sparsegpt
 from sparsify.pruners.magnitude import Magnitude
 from sparsify.pruners.ria import RIA
 from sparsify.pruners.sparsegpt import SparseGPT, inverse_factor
 from sparsify.pruners.wanda import Wanda
-from sparsify.stats import Accumulator
 from sparsify.types import Target
 
 ROWS, INPUTS, TOKENS = 6, 16, 40
@@ -242,7 +242,7 @@ def test_bad_hyper_parameters_are_refused(pruner, options):
 
 
 def test_pruning_never_runs_in_tf32_and_puts_the_setting_back():
-    from sparsify.stats import full_precision
+    from sparsify.model.statistics import full_precision
 
     torch.set_float32_matmul_precision("high")
     try:

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from sparsify import records
 from sparsify.errors import RecordError
-from sparsify.records import Store, write_atomically
+from sparsify.runs import records
+from sparsify.runs.records import Store, write_atomically
 
 KEY = "0123456789abcdef"
 GOOD = {"status": "done", "evaluations": {"test": {"key": "t1", "value": 1.0}}}

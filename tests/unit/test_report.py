@@ -2,7 +2,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from sparsify import plan
+from sparsify.commands import plan
 from sparsify.errors import UsageError
 from sparsify.report import compare, frame, table
 from sparsify.report.select import pick, where

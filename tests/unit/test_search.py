@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from sparsify import registry
 from sparsify.allocators.arithmetic import RelativeProgression, legal_maximum
 from sparsify.allocators.blend import Blend
+from sparsify.allocators.budget import fit_plan, weighted_mean
 from sparsify.allocators.equimarginal import Equimarginal, moved
 from sparsify.allocators.search import Search
 from sparsify.allocators.uniform import Uniform
-from sparsify.blocks import BlockView
-from sparsify.budget import fit_plan, weighted_mean
 from sparsify.errors import NumericsError, UsageError
 from sparsify.methods.oneshot import OneShot
-from sparsify.screen import Screen, row_ranks
+from sparsify.model.blocks import BlockView
+from sparsify.runs import registry
 from sparsify.search import spaces
 from sparsify.search.algorithms import ALGORITHMS
+from sparsify.search.screen import Screen, row_ranks
 from sparsify.types import LayerSpec, LayerTable
 
 TABLE = LayerTable(tuple(LayerSpec(f"b{b}.{k}", b, k, 4 * (i + 1), 8) for b in range(6) for i, k in enumerate("qd")))

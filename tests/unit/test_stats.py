@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparsify.stats import Accumulator, LayerStats
+from sparsify.model.statistics import Accumulator, LayerStats
 
 BOTH = frozenset({"norm", "gram"})
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsify import benchmarks, paths
+from sparsify import paths
+from sparsify.data import benchmarks
 from sparsify.errors import DataError, NumericsError, UsageError
 from sparsify.evaluation.base import Subject
 from sparsify.evaluation.zeroshot import ZeroShot

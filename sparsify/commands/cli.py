@@ -17,8 +17,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsify import console, paths, registry
+from sparsify import paths
 from sparsify.errors import HeldError, SparsifyError, UnexpectedError, UsageError
+from sparsify.runs import console, registry
 
 
 def launch(arguments: list[str]) -> int:
@@ -29,9 +30,10 @@ def launch(arguments: list[str]) -> int:
     """
     # Hydra's own reporter would hide the exceptions that we translate.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    argv, sys.argv = sys.argv, ["sparsify", *expand_model(arguments)]
+    argv = sys.argv
     reported: list[Exception] = []
     try:
+        sys.argv = ["sparsify", *understood(arguments)]
         main = hydra.main(version_base="1.3", config_path=str(paths.configs()), config_name="config")
         main(_task(reported))()
     except Exception as error:
@@ -203,6 +205,27 @@ def _known_keys() -> list[str]:
             top = group in ("config.yaml", "scale")
             keys |= {name if top else f"{group}.{name}" for name in names}
     return sorted(keys)
+
+
+def understood(arguments: list[str]) -> list[str]:
+    """Overrides as Hydra is to have them.
+
+    Raises:
+        UsageError: one of them would set what is no setting.
+    """
+    for argument in arguments:
+        _refuse_registration(argument)
+    return expand_model(arguments)
+
+
+def _refuse_registration(argument: str) -> None:
+    """What a YAML says of its component (`_target_`, `_since_`, `version`) is not for the command line."""
+    key, _, value = argument.partition("=")
+    owner, _, last = key.lstrip("+~").rpartition(".")
+    if last == "version" and owner:
+        raise registry.refused_version(key.lstrip("+~"), value)
+    if re.fullmatch(r"_\w+_", last):
+        raise UsageError("Components are chosen by name", got=argument, fix=f"{owner or 'pruner'}=<name>")
 
 
 def expand_model(arguments: list[str]) -> list[str]:

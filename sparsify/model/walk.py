@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparsify.blocks import BlockView, Layer
-from sparsify.data import check_tokens
-from sparsify.entry import cast, enter
+from sparsify.data.windows import check_tokens
 from sparsify.errors import NumericsError
-from sparsify.replay import Replay, captured
-from sparsify.stats import Accumulator, LayerStats
+from sparsify.model.blocks import BlockView, Layer
+from sparsify.model.calls import cast, enter
+from sparsify.model.cuda_graph import Replay, captured
+from sparsify.model.statistics import Accumulator, LayerStats
 
 
 def default_batch_size(device: torch.device, seqlen: int) -> int:

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparsify.blocks import BlockView, Layer
 from sparsify.errors import NumericsError
-from sparsify.loss import batch_size_for, summed_loss
-from sparsify.masks import num_zeros
+from sparsify.model.blocks import BlockView, Layer
+from sparsify.model.loss import batch_size_for, summed_loss
+from sparsify.model.walk import Walk
+from sparsify.pruners.masks import num_zeros
 from sparsify.pruners.wanda import wanda_scores
-from sparsify.stream import Walk
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsify.blocks import BlockView
+from sparsify.model.blocks import BlockView
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "use_cache")
 """Arguments that would make a block remember earlier batches."""

@@ -5,15 +5,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from yaml import CSafeLoader as Loader
 
 from sparsify import paths
 from sparsify.errors import SparsifyError, UsageError
+from sparsify.runs.former_paths import FORMER_PATHS
+
+_FORMER_NAMES = {path: name for name, path in FORMER_PATHS.items()}
 
 Spec = str | tuple[str, Mapping[str, Any]] | Any
 """A component as a user names it: `"owl"`, `("owl", {"M": 5})` or an object."""
@@ -25,16 +31,64 @@ def names(group: str) -> list[str]:
     return sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml"))
 
 
+RESERVED = ("_since_", "_reads_", "_check_")
+"""What a component's YAML tells the planner about it, which must not import its code (and torch with it):
+
+- `_since_: {field: former value}`: fields that came after the first results; while such a field has its former value a
+  run's key is what it was before the field existed.
+- `_reads_: {name: function}`: content from outside the config that its numbers depend on, made part of a run's identity
+  under that name by `function(node)`.
+- `_check_: function`: refuses, by `function(node, sparsity, num_blocks)`, what is impossible whatever the weights are.
+
+Functions are named by import path and lie in modules without torch.
+"""
+
+COMPONENTS = ("pruner", "allocator", "method", "recovery", "quantiser", "objective", "perturbation")
+"""Groups in which a class has one YAML with its `_target_`; a variant stands on it by a defaults list."""
+
+
 @cache
-def _by_target(group: str) -> dict[str, str]:
-    files = {name: OmegaConf.load(paths.configs() / group / f"{name}.yaml") for name in names(group)}
-    return {str(tree.get("_target_")): name for name, tree in files.items() if isinstance(tree, DictConfig)}
+def components() -> dict[str, str]:
+    """`allocator/atp` by import path, for every class that has a YAML of its own."""
+    found: dict[str, str] = {}
+    for group in COMPONENTS:
+        for name in names(group):
+            target = _own(group, name).get("_target_")
+            if target is None:
+                continue
+            if target in found:
+                first = found[target].partition("/")[2]
+                raise UsageError(
+                    "A component has one YAML with its _target_",
+                    got=f"{target} in configs/{group}/{first}.yaml and {name}.yaml",
+                    fix=f"`defaults: [{first}, _self_]` in {name}.yaml instead of its _target_",
+                )
+            found[target] = f"{group}/{name}"
+    return found
+
+
+@cache
+def _own(group: str, name: str) -> Mapping[str, Any]:
+    """What stands in the YAML of an option itself."""
+    tree = yaml.load(find(group, name).read_text(encoding="utf8"), Loader)
+    return tree if isinstance(tree, dict) else {}
+
+
+def identify(target: str) -> str:
+    """What a component is called in a run's identity, wherever its code lies: group and name.
+
+    Classes without a YAML of their own (`Windows`, evaluators, kinds of model) go by the name of the class, classes of
+    other packages by their import path.
+    """
+    own = components().get(target) or (target.rpartition(".")[2] if target.startswith("sparsify.") else target)
+    return FORMER_PATHS.get(own, own)
 
 
 def name_of(group: str, node: Mapping[str, Any]) -> str:
-    """The config name of a resolved component: `atp` for `{_target_: ...Arithmetic, beta: 0.01}`."""
+    """The config name of a component, from a composed config or from a record: `atp`."""
     target = str(node["_target_"])
-    return _by_target(group).get(target, target.rsplit(".", 1)[-1])
+    found = components().get(target) or _FORMER_NAMES.get(target, target)
+    return found.partition("/")[2] if found.startswith(f"{group}/") else found.rpartition(".")[2]
 
 
 def find(group: str, name: str) -> Path:
@@ -82,8 +136,10 @@ def build(group: str, spec: Spec) -> Any:
         return spec
     name, options = spec
     config = composed(group, name)
-    known = sorted(str(key) for key in config if not str(key).startswith("_"))
+    known = sorted(str(key) for key in config if not str(key).startswith("_") and key != "version")
     for key in options:
+        if key == "version":
+            raise refused_version(f"{name}.version", options[key])
         if key not in known:
             near = suggest(key, known)
             raise UsageError(
@@ -129,15 +185,34 @@ def published(path: str, default: Any, *, _root_: DictConfig) -> Any:
 OmegaConf.register_new_resolver("published", published, replace=True)
 
 
+def located(function: str) -> Any:
+    """The function of that import path."""
+    module, _, name = function.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def check(node: Any, sparsity: float, num_blocks: int) -> None:
+    """Let a component and all components inside it refuse, by their `_check_`, what no weights could make possible.
+
+    Raises:
+        UsageError: with the legal range in the message.
+    """
+    for inner in node.values() if isinstance(node, Mapping) else ():
+        check(inner, sparsity, num_blocks)
+    if isinstance(node, Mapping) and "_check_" in node:
+        located(node["_check_"])(node, sparsity, num_blocks)
+
+
 def make(config: Any) -> Any:
     """Instantiate a config node, letting our own errors through as they are.
 
     Raises:
         SparsifyError: what the component itself refused.
-        UsageError: the keys do not fit the component.
+        UsageError: the keys do not fit the component, or its version is not that of its code.
     """
+    node: Any = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
     try:
-        return instantiate(config, _convert_="all")
+        component = instantiate(_without_reserved(node), _convert_="all")
     except InstantiationException as error:
         cause: BaseException | None = error
         while cause is not None:
@@ -145,5 +220,27 @@ def make(config: Any) -> Any:
                 raise cause from None
             cause = cause.__cause__
         raise UsageError(
-            f"The config of {config.get('_target_')} does not fit it", got=str(error.__cause__ or error)[:400]
+            f"The config of {node['_target_']} does not fit it", got=str(error.__cause__ or error)[:400]
         ) from error
+    version = getattr(type(component), "version", None)
+    if node.get("version", version) != version:
+        raise refused_version("version", node["version"], version)
+    return component
+
+
+def refused_version(key: str, got: Any, allowed: Any = None) -> UsageError:
+    """The error for a version that somebody wants to set."""
+    return UsageError(
+        "A version says which code made a number; it is raised with the code and is no setting",
+        got=f"{key}={got}",
+        allowed=allowed,
+        fix=f"leave {key} out",
+    )
+
+
+def _without_reserved(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_without_reserved(item) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    return {key: _without_reserved(value) for key, value in node.items() if key not in RESERVED}

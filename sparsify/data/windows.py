@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sparsify.corpora import Corpus
+from sparsify.data.corpora import Corpus
 from sparsify.errors import DataError, UsageError
 
 SAMPLERS = ("joined", "document", "random")

@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsify.allocators.budget import apply_pattern
 from sparsify.analysis.drift import Drift, drift
 from sparsify.analysis.perturbation import Source
-from sparsify.blocks import BlockView
-from sparsify.budget import apply_pattern
 from sparsify.errors import UsageError
+from sparsify.model.blocks import BlockView
+from sparsify.model.statistics import LayerStats
+from sparsify.model.walk import Walk
 from sparsify.pruners.base import Pruner
-from sparsify.screen import Screen
-from sparsify.stats import LayerStats
-from sparsify.stream import Walk
+from sparsify.search.screen import Screen
 from sparsify.types import Pattern, SparsityPlan
 
 Objective = Callable[[SparsityPlan], float]

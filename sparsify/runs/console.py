@@ -17,8 +17,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sparsify import registry
 from sparsify.errors import SparsifyError
+from sparsify.runs import registry
 
 
 def out() -> Console:

@@ -141,6 +141,11 @@ def fingerprint(task: str) -> dict[str, str]:
     return {key: value for key, value in provenance(task).items() if key != "source" or value == "hub"}
 
 
+def rows_read(node: Mapping[str, Any]) -> dict[str, str]:
+    """What an evaluation of the task `node["task"]` reads, for its identity."""
+    return fingerprint(node["task"])
+
+
 def provenance(task: str) -> dict[str, str]:
     """Where the rows come from (`source`), and the hash of their content where that is known beforehand."""
     return dict(_provenance(task, paths.data(), paths.assets()))

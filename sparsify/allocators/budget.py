@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from scipy.optimize import brentq
 
-from sparsify.errors import BudgetError, NumericsError, PatternError
+from sparsify.errors import BudgetError, NumericsError, PatternError, UsageError
 from sparsify.types import LayerTable, Ledger, Pattern, SparsityPlan, Target
 
 Adjust = Callable[[float, float], float]
+
+
+HIGH = 0.99
+"""No layer is pruned beyond this unless its rule asks for it."""
+
+
+def check_room(node: Mapping[str, Any], sparsity: float, num_blocks: int) -> None:
+    """Refuse a budget that leaves a search no room to move sparsity between layers.
+
+    Raises:
+        UsageError: more zeros than the bound of a layer.
+    """
+    if sparsity > HIGH:
+        raise UsageError("A search moves sparsity between layers", got=f"sparsity={sparsity}", allowed=f"<= {HIGH}")
 
 
 def shift(value: float, amount: float) -> float:

@@ -8,13 +8,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sparsify.allocators.base import Allocator
+from sparsify.allocators.budget import apply_pattern
+from sparsify.allocators.context import DenseContext
 from sparsify.allocators.uniform import Uniform
-from sparsify.blocks import BlockView
-from sparsify.budget import apply_pattern
-from sparsify.context import DenseContext
 from sparsify.errors import UsageError
 from sparsify.evaluation.perplexity import perplexity
 from sparsify.methods.oneshot import LayerResult, OneShot, Progress, silent
+from sparsify.model.blocks import BlockView
 from sparsify.pruners.base import Pruner
 from sparsify.types import Pattern, SparsityPlan, check_sparsity
 

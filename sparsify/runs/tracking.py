@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from sparsify import console
+from sparsify.runs import console
 
 
 @runtime_checkable

@@ -1,0 +1,93 @@
+"""`python -m sparsify.sweep table=table1`: run the missing cells of a table, part by part, in one process.
+
+Also the filters that any `python -m sparsify -m ...` puts in front of its launcher.
+"""
+
+from __future__ import annotations
+
+import time
+
+from hydra_filter_sweeper import AbstractFilter
+from omegaconf import DictConfig, OmegaConf
+
+from sparsify.commands import cli, plan
+from sparsify.runs import console, identity
+from sparsify.runs.records import Store
+
+
+class _CellFilter(AbstractFilter):  # type: ignore[misc]
+    """A filter that sees the job's config (the plug-in hands it over as plain dicts)."""
+
+    @property
+    def cell(self) -> DictConfig:
+        cell = OmegaConf.create(self.config)
+        assert isinstance(cell, DictConfig)
+        return cell
+
+    def state(self) -> str:
+        cell = identity.plain(self.cell)
+        return Store(cell["results"]).state(identity.run_key(cell), identity.evaluation_keys(cell))
+
+
+class Done(_CellFilter):
+    """Drops cells whose record has every evaluation asked for."""
+
+    def filter(self) -> bool:
+        return self.state() == "done"
+
+    def reason(self) -> str:
+        return "done"
+
+
+class InFlight(_CellFilter):
+    """Drops cells that a living process holds."""
+
+    def filter(self) -> bool:
+        return self.state() == "running"
+
+    def reason(self) -> str:
+        return "another process works on it"
+
+
+class Illegal(_CellFilter):
+    """Drops cells outside the allocator's bounds; said aloud unless a table's grid asked for them."""
+
+    def filter(self) -> bool:
+        error = plan.illegal(self.cell)
+        if error is not None and self.cell.sweep.of is None:
+            console.warn(f"skipped: {error.paragraph()}")
+        return error is not None
+
+    def reason(self) -> str:
+        return "outside the allocator's bounds"
+
+
+def run(table: str | None, overrides: list[str]) -> int:
+    """Run what is missing; the exit code of the worst part.
+
+    Args:
+        table: a name under `configs/table`, or None for the one sweep of the overrides.
+        overrides: Hydra overrides added to every part.
+    """
+    parts = plan.parts_of(table, overrides)
+    plan.show(parts, table)
+    total = sum(len(part.missing) for part in parts)
+    code, first, started = 0, 0, time.time()
+    for part in parts:
+        if part.missing:
+            progress = [f"sweep.of={total}", f"sweep.first={first}", f"sweep.started={started}"]
+            code = max(code, cli.launch(["-m", *part.overrides, *progress]))
+            first += len(part.missing)
+    if total and any(part.missing for part in plan.parts_of(table, overrides)):
+        # Also true where a launcher ran the cells elsewhere and only their records tell.
+        console.say(f"[red]not all cells finished[/]; see: python -m sparsify.plan {f'table={table}' if table else ''}")
+        code = max(code, 1)
+    return code
+
+
+def main(arguments: list[str]) -> int:
+    """Run a table or a sweep; the exit code of the worst cell."""
+    try:
+        return run(*plan.split_table(arguments))
+    except Exception as error:
+        return cli.exit_code(error)

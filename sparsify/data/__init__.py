@@ -1,0 +1,1 @@
+"""Texts, question sets and the windows of inputs cut from them."""
