@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from scipy.optimize import brentq
-
 from sparsify.errors import BudgetError, NumericsError, PatternError, UsageError
 from sparsify.types import LayerTable, Ledger, Pattern, SparsityPlan, Target
 
@@ -107,6 +105,8 @@ def _solve(
         )
     if below >= 0 or above <= 0:  # the budget is a bound itself
         return clipped(-reach if below >= 0 else reach)
+    from scipy.optimize import brentq  # a third of a second that a plan has no use for
+
     return clipped(brentq(excess, -reach, reach, xtol=1e-15, rtol=1e-15))
 
 

@@ -76,6 +76,19 @@ def _refuse_preset(config: DictConfig) -> None:
         )
 
 
+def command(usage: str, run: Callable[[str | None, list[str]], int], arguments: list[str]) -> int:
+    """A command beside `python -m sparsify`: `--help`, `table=NAME` and overrides; errors as one paragraph."""
+    if {"--help", "-h"} & set(arguments):
+        console.out().print(usage, markup=False)
+        return 0
+    try:
+        tables = [a.partition("=")[2] for a in arguments if a.startswith("table=")]
+        overrides = [a for a in arguments if not a.startswith("table=")]
+        return run(tables[-1] if tables else None, understood(overrides))
+    except Exception as error:
+        return exit_code(error)
+
+
 def exit_code(error: Exception) -> int:
     """Print an error and say how the process should end."""
     report(error)

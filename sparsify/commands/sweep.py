@@ -12,21 +12,29 @@ from omegaconf import DictConfig, OmegaConf
 
 from sparsify.commands import cli, plan
 from sparsify.runs import console, identity
+from sparsify.runs.cells import illegal, parts_of
 from sparsify.runs.records import Store
+
+USAGE = """python -m sparsify.sweep [table=NAME] [overrides]
+
+Run the missing cells of a table, or of a sweep, in one process; finished cells are skipped.
+  python -m sparsify.sweep table=table1
+  python -m sparsify.sweep table=table1 scale=paper model=llama2-7b
+  python -m sparsify.sweep table=table1 hydra/launcher=slurm      cells as jobs of a cluster
+Overrides are those of python -m sparsify; see its --help. First: python -m sparsify.plan table=NAME"""
 
 
 class _CellFilter(AbstractFilter):  # type: ignore[misc]
     """A filter that sees the job's config (the plug-in hands it over as plain dicts)."""
 
     @property
-    def cell(self) -> DictConfig:
-        cell = OmegaConf.create(self.config)
-        assert isinstance(cell, DictConfig)
-        return cell
+    def cell(self) -> identity.Config:
+        config = OmegaConf.create(self.config)
+        assert isinstance(config, DictConfig)
+        return identity.plain(config)
 
     def state(self) -> str:
-        cell = identity.plain(self.cell)
-        return Store(cell["results"]).state(identity.run_key(cell), identity.evaluation_keys(cell))
+        return Store(self.cell["results"]).state(*identity.keys(self.cell))
 
 
 class Done(_CellFilter):
@@ -53,8 +61,8 @@ class Illegal(_CellFilter):
     """Drops cells outside the allocator's bounds; said aloud unless a table's grid asked for them."""
 
     def filter(self) -> bool:
-        error = plan.illegal(self.cell)
-        if error is not None and self.cell.sweep.of is None:
+        error = illegal(self.cell)
+        if error is not None and self.cell["sweep"]["of"] is None:
             console.warn(f"skipped: {error.paragraph()}")
         return error is not None
 
@@ -69,7 +77,7 @@ def run(table: str | None, overrides: list[str]) -> int:
         table: a name under `configs/table`, or None for the one sweep of the overrides.
         overrides: Hydra overrides added to every part.
     """
-    parts = plan.parts_of(table, overrides)
+    parts = parts_of(table, overrides)
     plan.show(parts, table)
     total = sum(len(part.missing) for part in parts)
     code, first, started = 0, 0, time.time()
@@ -78,7 +86,7 @@ def run(table: str | None, overrides: list[str]) -> int:
             progress = [f"sweep.of={total}", f"sweep.first={first}", f"sweep.started={started}"]
             code = max(code, cli.launch(["-m", *part.overrides, *progress]))
             first += len(part.missing)
-    if total and any(part.missing for part in plan.parts_of(table, overrides)):
+    if total and any(part.missing for part in parts_of(table, overrides)):
         # Also true where a launcher ran the cells elsewhere and only their records tell.
         console.say(f"[red]not all cells finished[/]; see: python -m sparsify.plan {f'table={table}' if table else ''}")
         code = max(code, 1)
@@ -87,7 +95,4 @@ def run(table: str | None, overrides: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run a table or a sweep; the exit code of the worst cell."""
-    try:
-        return run(*plan.split_table(arguments))
-    except Exception as error:
-        return cli.exit_code(error)
+    return cli.command(USAGE, run, arguments)

@@ -13,11 +13,12 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from sparsify.commands import cli, plan
+from sparsify.commands import cli
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.report import accuracy, frame
-from sparsify.report.layouts import LAYOUTS, Page
+from sparsify.report.layouts import LAYOUTS, Page, table_config
 from sparsify.runs import console, registry
+from sparsify.runs.cells import parts_of
 from sparsify.runs.records import Store
 
 
@@ -51,7 +52,7 @@ def report(name: str, overrides: list[str], rows: Path | None = None) -> list[Pa
     Raises:
         SparsifyError: no cell of this table has finished.
     """
-    layout = plan.table_config(name)
+    layout = table_config(name)
     source = _from_records(name, overrides) if rows is None else _from_rows(rows)
     cells = frame.wide(source.rows)
     if "tasks" in layout:
@@ -65,8 +66,8 @@ def report(name: str, overrides: list[str], rows: Path | None = None) -> list[Pa
 
 
 def _from_records(name: str, overrides: list[str]) -> Source:
-    cells = [cell for part in plan.parts_of(name, overrides) for cell in part.cells if cell.state != "illegal"]
-    results = Path(cells[0].config.results)
+    cells = [cell for part in parts_of(name, overrides) for cell in part.cells if cell.state != "illegal"]
+    results = Path(cells[0].config["results"])
     store = Store(results)
     records = [store.read(cell.key) for cell in cells if cell.state == "done"]
     if not records:
@@ -102,20 +103,29 @@ def _short(commit: str) -> str:
     return digits[:12] + dash + dirty
 
 
+USAGE = """python -m sparsify.report table=NAME [overrides] [rows=FILE]
+
+Markdown, CSV, LaTeX and figures of a table, from the records that have finished; runs no model.
+  python -m sparsify.report table=table1
+  python -m sparsify.report table=table1 scale=paper model=llama2-7b
+  python -m sparsify.report table=table1 rows=results/published/<folder>/table1/<file>.csv     from published rows
+Overrides are those that the sweep was run with."""
+
+
 def main(arguments: list[str]) -> int:
     """Print the table and the paths of the files."""
-    try:
-        name, rest = plan.split_table(arguments)
+
+    def run(name: str | None, overrides: list[str]) -> int:
         if name is None:
             raise UsageError("Which table?", allowed=", ".join(registry.names("table")), fix="table=table1")
-        rows = [Path(a.removeprefix("rows=")) for a in rest if a.startswith("rows=")]
-        files = report(name, [a for a in rest if not a.startswith("rows=")], rows[-1] if rows else None)
+        rows = [Path(a.removeprefix("rows=")) for a in overrides if a.startswith("rows=")]
+        files = report(name, [a for a in overrides if not a.startswith("rows=")], rows[-1] if rows else None)
         console.out().print(files[0].read_text(encoding="utf8"), markup=False)
         for file in files:
             console.say(f"wrote {file}")
-    except Exception as error:
-        return cli.exit_code(error)
-    return 0
+        return 0
+
+    return cli.command(USAGE, run, arguments)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sparsify.report import (
     absorption,
@@ -25,6 +25,13 @@ from sparsify.report import (
     write,
 )
 from sparsify.runs import registry
+
+
+def table_config(name: str) -> DictConfig:
+    """The layout of a table: its parts, rows, columns and figures."""
+    config = OmegaConf.load(registry.find("table", name))
+    assert isinstance(config, DictConfig)
+    return config
 
 
 @dataclass(frozen=True)

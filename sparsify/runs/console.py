@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sparsify.errors import SparsifyError
-from sparsify.runs import registry
+from sparsify.runs import identity, labels
 
 
 def out() -> Console:
@@ -105,33 +105,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-KNOBS = ("beta", "fraction", "space", "algorithm", "strength")
-"""Allocator parameters that tell the cells of a sweep apart."""
-
-SOURCE_KNOBS = ("eta", "site", "spared")
-"""The same of the disturbance that an allocator reads."""
-
-
-def describe(science: Mapping[str, Any]) -> str:
-    """A cell in a few words: `smollm2-135m, wanda + atp(beta=0.01), 70%`."""
-    if science["sparsity"] == 0:
-        return f"{science['model']['name']}, dense"
-    node = science["allocator"]
-    allocator = registry.name_of("allocator", node)
-    knobs = [registry.name_of("allocator", node["inner"])] if node.get("inner") else []
-    knobs += [f"{k}={node[k]}" for k in KNOBS if node.get(k) is not None]
-    knobs += [f"{k}={node['source'][k]}" for k in SOURCE_KNOBS if node.get("source", {}).get(k)]
-    knobs += [node["control"]] if node.get("control", "none") != "none" else []
-    knob = f"({', '.join(knobs)})" if knobs else ""
-    pattern = "" if science["pattern"] == "unstructured" else f" {science['pattern']}"
-    what = f"{registry.name_of('pruner', science['pruner'])} + {allocator}{knob}"
-    share = "" if science["sparsity"] is None else f" {float(science['sparsity']):.0%}"
-    return f"{science['model']['name']}, {what},{share}{pattern}"
-
-
 def cell_started(config: DictConfig, key: str) -> None:
     """The headline of a cell, once its data is ready."""
-    say(f"[bold]{_place(config)}{escape(describe(config))}[/] [dim]({config.scale} scale, {key})[/]")
+    label = escape(labels.describe(identity.plain(config)))
+    say(f"[bold]{_place(config)}{label}[/] [dim]({config.scale} scale, {key})[/]")
 
 
 def cell_finished(config: DictConfig, record: Mapping[str, Any], path: Path, fresh: bool) -> None:

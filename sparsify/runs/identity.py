@@ -85,8 +85,13 @@ def evaluations(config: Config) -> dict[str, Config]:
 
 def evaluation_keys(config: Config) -> dict[str, str]:
     """A key per evaluation, so that adding one runs only that one."""
+    return keys(config)[1]
+
+
+def keys(config: Config) -> tuple[str, dict[str, str]]:
+    """The key of the run, and those of its evaluations by name."""
     run = science(config)
-    return {
+    return digest(run), {
         name: digest({"run": run, "evaluation": _identity(node, run["model"])})
         for name, node in evaluations(config).items()
     }

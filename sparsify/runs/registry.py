@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
@@ -13,7 +14,6 @@ import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from yaml import CSafeLoader as Loader
 
 from sparsify import paths
 from sparsify.errors import SparsifyError, UsageError
@@ -53,7 +53,7 @@ def components() -> dict[str, str]:
     found: dict[str, str] = {}
     for group in COMPONENTS:
         for name in names(group):
-            target = _own(group, name).get("_target_")
+            target = read(find(group, name)).get("_target_")
             if target is None:
                 continue
             if target in found:
@@ -67,10 +67,23 @@ def components() -> dict[str, str]:
     return found
 
 
-@cache
-def _own(group: str, name: str) -> Mapping[str, Any]:
-    """What stands in the YAML of an option itself."""
-    tree = yaml.load(find(group, name).read_text(encoding="utf8"), Loader)
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML as OmegaConf reads it: 1e-3 is a number."""
+
+
+_NUMBER = r"(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.[\d_]+(?:[eE][-+]?\d+)?|\.inf)"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(rf"^(?:[-+]?{_NUMBER}|\.nan)$"), list("-+0123456789.")
+)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A YAML as plain data, interpolations as they stand."""
+    tree = yaml.load(file.read_text(encoding="utf8"), _Loader)
     return tree if isinstance(tree, dict) else {}
 
 
@@ -91,16 +104,20 @@ def name_of(group: str, node: Mapping[str, Any]) -> str:
     return found.partition("/")[2] if found.startswith(f"{group}/") else found.rpartition(".")[2]
 
 
+def has(group: str, name: str) -> bool:
+    """Whether a group has an option of that name."""
+    return (paths.configs() / group / f"{name}.yaml").is_file()
+
+
 def find(group: str, name: str) -> Path:
     """The YAML of an option.
 
     Raises:
         UsageError: no such option; the message has near matches and the whole list.
     """
-    file = paths.configs() / group / f"{name}.yaml"
-    if not file.is_file():
+    if not has(group, name):
         raise unknown(group, name)
-    return file
+    return paths.configs() / group / f"{name}.yaml"
 
 
 def unknown(group: str, name: str) -> UsageError:

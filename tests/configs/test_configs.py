@@ -9,8 +9,8 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
 from sparsify import paths
-from sparsify.commands import cli, plan
-from sparsify.runs import registry
+from sparsify.commands import cli
+from sparsify.runs import cells, registry
 
 ROOT = paths.configs().parent
 FILES = sorted(paths.configs().rglob("*.yaml"))
@@ -57,7 +57,7 @@ def values_of(tree, key):
 
 @cache
 def jobs_of(*overrides):
-    return plan.grid(list(overrides))
+    return cells.grid(list(overrides))
 
 
 def load(file):
@@ -101,12 +101,12 @@ def test_every_experiment_expands_to_a_grid_that_composes_at_every_scale(name):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_part_of_a_table_expands_to_a_grid(name):
-    table = plan.table_config(name)
-    assert table.title
-    assert table.parts
-    for part in OmegaConf.to_container(table.parts, resolve=False):
+    table = load(registry.find("table", name))
+    assert table["title"]
+    assert table["parts"]
+    for part in table["parts"]:
         assert jobs_of(*part)
-    assert "paper" not in table or (ROOT / table.paper).is_file()
+    assert "paper" not in table or (ROOT / table["paper"]).is_file()
 
 
 @pytest.mark.parametrize("file", FILES, ids=short)

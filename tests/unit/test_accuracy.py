@@ -4,11 +4,11 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from sparsify.commands import plan
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.report import accuracy, table, write
+from sparsify.report.layouts import table_config
 
-LAYOUT = plan.table_config("table2")
+LAYOUT = table_config("table2")
 SHOWN = ("dense", "uniform", "OWL", "AlphaPruning", "DSA", "ATP")
 SMALL = OmegaConf.merge(
     LAYOUT, {"tasks": ["boolq", "piqa"], "rows": [row for row in LAYOUT.rows if row.label in SHOWN]}

@@ -1,37 +1,8 @@
 import io
 
-import pytest
 from rich.console import Console
 
-from sparsify.runs import console, registry
-from sparsify.runs.registry import composed
-
-
-@pytest.mark.parametrize(
-    ("options", "label"),
-    [
-        ({}, "absorption(owl, strength=0.2)"),
-        ({"source": "noise"}, "absorption(owl, strength=0.2, eta=0.01, site=output)"),
-        ({"source": "noise", "spared": 1}, "absorption(owl, strength=0.2, eta=0.01, site=output, spared=1)"),
-        ({"control": "ramp"}, "absorption(owl, strength=0.2, ramp)"),
-    ],
-    ids=str,
-)
-def test_cells_of_a_sweep_are_told_apart(options, label):
-    node = composed("allocator", "absorption")
-    node.strength, node.control = 0.2, options.get("control", "none")
-    if "source" in options:
-        node.source = composed("perturbation", options["source"])
-        node.source.spared = options.get("spared", 0)
-    science = {
-        "model": {"name": "m"},
-        "pruner": composed("pruner", "wanda"),
-        "allocator": node,
-        "pattern": "unstructured",
-        "sparsity": 0.7,
-    }
-    assert registry.names("perturbation") == ["noise", "pruned"]
-    assert console.describe(science) == f"m, wanda + {label}, 70%"
+from sparsify.runs import console
 
 
 def test_what_is_left_is_estimated_anew_when_the_count_begins_again(monkeypatch):

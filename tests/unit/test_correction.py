@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 from sparsify.analysis.absorption import absorption
 from sparsify.analysis.drift import drift
 from sparsify.analysis.perturbation import Noise, Pruned
-from sparsify.commands import plan
 from sparsify.data.corpora import Corpus
 from sparsify.data.windows import TokenWindows, Windows
 from sparsify.errors import UsageError
@@ -20,9 +19,10 @@ from sparsify.evaluation.base import Evaluator, Subject
 from sparsify.model.blocks import BlockView
 from sparsify.report import absorption as absorption_report
 from sparsify.report import correction, correction_figures, frame
+from sparsify.report.layouts import table_config
 from sparsify.runs import registry
 
-TASKS = plan.table_config("table3").zeroshot.tasks
+TASKS = table_config("table3").zeroshot.tasks
 
 
 def cell(key, seed, test, heldout=0.0, allocator="owl", **more):
@@ -58,7 +58,7 @@ def cells():
 
 @pytest.fixture
 def layout():
-    return plan.table_config("table3")
+    return table_config("table3")
 
 
 def test_the_strength_is_chosen_by_heldout_text_for_every_seed(cells, layout):

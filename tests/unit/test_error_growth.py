@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from sparsify import paths
 from sparsify.analysis import swaps
 from sparsify.analysis.error_growth import METRICS, Growth, error_growth
-from sparsify.commands import plan
 from sparsify.data.corpora import Corpus
 from sparsify.data.windows import TokenWindows, Windows
 from sparsify.errors import NumericsError, UsageError
@@ -18,8 +17,9 @@ from sparsify.evaluation.base import Evaluator, Subject
 from sparsify.evaluation.error_growth import ErrorGrowth
 from sparsify.model.blocks import BlockView
 from sparsify.report import curves, frame
+from sparsify.report.layouts import table_config
 
-LAYOUT = plan.table_config("error_growth")
+LAYOUT = table_config("error_growth")
 
 
 def states(model, tokens):

@@ -266,10 +266,8 @@ def test_a_class_has_one_yaml_in_its_group(monkeypatch, tmp_path):
     for name in ("one", "two"):
         (tmp_path / "pruner" / f"{name}.yaml").write_text("_target_: some.Pruner\n")
     monkeypatch.setattr(registry.paths, "configs", lambda: tmp_path)
-    registry._own.cache_clear()
     with pytest.raises(UsageError, match=r"defaults: \[one, _self_\]"):
         registry.components.__wrapped__()
-    registry._own.cache_clear()
 
 
 def test_a_version_that_is_not_the_codes_is_refused(cell):

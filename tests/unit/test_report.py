@@ -1,13 +1,12 @@
 import pandas as pd
 import pytest
-from omegaconf import OmegaConf
 
-from sparsify.commands import plan
 from sparsify.errors import UsageError
 from sparsify.report import compare, frame, table
+from sparsify.report.layouts import table_config
 from sparsify.report.select import pick, where
 
-LAYOUT = plan.table_config("table1")
+LAYOUT = table_config("table1")
 
 
 def record(allocator, sparsity, test, heldout, beta=None, key=None):
@@ -118,7 +117,7 @@ def test_numbers_are_printed_as_the_papers_do(value, text):
 
 @pytest.mark.parametrize(("value", "limit"), [(50.0, 0.01), (500.0, 0.03), (5000.0, 0.1)])
 def test_tolerance_grows_with_the_perplexity(value, limit):
-    layout = OmegaConf.load(plan.registry.find("table", "reference"))
+    layout = table_config("reference")
     assert compare.tolerance(value, layout) == limit
 
 

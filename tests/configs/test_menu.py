@@ -1,0 +1,75 @@
+"""Cells are planned as Hydra would run them, and planning imports no torch."""
+
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from sparsify import paths
+from sparsify.runs import cells, menu, registry
+from sparsify.runs.identity import plain
+
+TABLES = registry.names("table")
+PARTS = [(table, tuple(part)) for table in TABLES for part in registry.read(registry.find("table", table))["parts"]]
+CELLS = [
+    [],
+    ["scale=paper", "model=llama2-7b", "allocator=owl"],
+    ["allocator=absorption", "perturbation@allocator.source=noise", "allocator.source.eta=0.1"],
+    ["allocator=absorption", "allocator@allocator.inner=blend"],
+    ["allocator=search", "search.trials=7"],
+    ["model=hub", "model.id='a/b'"],
+    ["eval=zeroshot", "eval.limit=20", "eval.tasks=[boolq,rte]"],
+    ["eval=absorption", "calibration.windows=1"],
+    ["data@calibration.text=wikitext2", "calibration.split=test"],
+    ["+allocator@allocator.parts.lsa=lsa", "allocator=blend"],
+    ["+a_new_key={b: [1, 2]}", "sparsity=7e-1", "batch_size=null", "pattern='2:4'"],
+    ["~logger"],
+]
+
+
+def by_hydra(overrides):
+    with initialize_config_dir(str(paths.configs()), version_base="1.3"):
+        return plain(compose("config", list(overrides)))
+
+
+@pytest.mark.parametrize("overrides", CELLS, ids=" ".join)
+def test_a_cell_is_composed_as_hydra_does(overrides):
+    assert menu.compose(overrides) == by_hydra(overrides)
+
+
+@pytest.mark.parametrize(("table", "part"), PARTS, ids=str)
+@pytest.mark.parametrize("scale", registry.names("scale"))
+def test_the_cells_of_a_table_are_composed_as_hydra_does(table, part, scale):
+    jobs = cells.grid([*part, f"scale={scale}"])
+    for job in (jobs[0], jobs[-1]):
+        assert menu.compose(job) == by_hydra(job)
+
+
+@pytest.mark.parametrize("overrides", [["pruner=wnda"], ["allocator.bta=1"], ["allocator@allocator.inner=owl"]])
+def test_what_does_not_fit_the_menu_is_hydras_to_refuse(overrides):
+    with pytest.raises((HydraException, OmegaConfBaseException)) as theirs:
+        by_hydra(overrides)
+    with pytest.raises(type(theirs.value)):
+        menu.compose(overrides)
+
+
+def test_a_cell_is_not_changed_by_another():
+    first = menu.compose(["allocator=owl", "allocator.lam=0.1"])
+    assert menu.compose(["allocator=owl"])["allocator"]["lam"] == 0.08
+    assert first["allocator"]["lam"] == 0.1
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_plan_imports_no_torch(table, tmp_path):
+    code = (
+        "import sys; from sparsify.commands import plan; code = plan.main(sys.argv[1:]);"
+        "heavy = {'torch', 'transformers', 'scipy', 'pandas'} & set(sys.modules);"
+        "sys.exit(repr(heavy) if heavy else code)"
+    )
+    command = [sys.executable, "-c", code, f"table={table}", f"results={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{table}: " in done.stdout
