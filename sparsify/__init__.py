@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from sparsify.data.inputs import Inputs
     from sparsify.recipe import PruneResult
     from sparsify.runs.registry import Spec
     from sparsify.types import Pattern
@@ -85,71 +86,86 @@ def windows(
 
     text = Corpus(Path(corpus).stem, path=corpus) if Path(corpus).is_file() else registry.build("data", corpus)
     chosen: Any = sampler
-    tokens: Tensor = Windows(text, split, seqlen, n, chosen).cut(tokenizer, seed).tokens
+    tokens: Tensor = Windows(text, split, seqlen, n, chosen).inputs(tokenizer, seed).tokens
     return tokens
 
 
 def prune(
     model: nn.Module,
-    tokens: Tensor,
+    tokens: Tensor | Inputs,
     *,
     pruner: Spec = "wanda",
     allocator: Spec = "uniform",
     sparsity: float | None = None,
     pattern: str | Pattern = "unstructured",
     method: Spec = "oneshot",
-    heldout: Tensor | None = None,
+    recovery: Spec = None,
+    quantiser: Spec = None,
+    heldout: Tensor | Inputs | None = None,
+    objective: Spec = "next_token",
+    part: str | None = None,
     seed: int = 0,
     batch_size: int | None = None,
 ) -> PruneResult:
-    """Prune a decoder language model in place.
+    """Prune a decoder language model in place; the same seed gives the same bits as a cell of the command line.
 
     Args:
         model: any transformers decoder whose blocks hold `Linear` or `Conv1D` layers.
-        tokens: calibration token ids, LongTensor [n, seqlen]; 128 x 2048 in the papers.
+        tokens: calibration token ids, LongTensor [n, seqlen] (128 x 2048 in the papers); or other `Inputs`.
         pruner: `magnitude`, `wanda`, `ria`, `sparsegpt`; or `(name, {parameter: value})`; or an object.
-        allocator: `uniform`, `atp`, `owl`, `alphapruning`; same forms.
+        allocator: `uniform`, `atp`, `owl`, `alphapruning`, ...; same forms.
         sparsity: fraction of zeros over the blocks' linear weights, in [0, 1). May be left out for N:M.
         pattern: `unstructured`, `2:4` (keep 2 of every 4 inputs), `mixed:8` (each block its own N of 8).
         method: `oneshot`, or `("oneshot", {"regime": "sequential"})`.
-        heldout: token ids for allocators that search (`("atp", {"beta": "auto"})`), LongTensor [m, seqlen].
-        seed: of allocators that draw (searches).
+        recovery: a stage that trains the pruned model; None for none.
+        quantiser: a stage after it; None for none.
+        heldout: token ids or inputs for allocators that search (`("atp", {"beta": "auto"})`).
+        objective: the loss that searches and gradients mean.
+        part: which tower of a model with several: `language`, `vision` or a module's name; None for the decoder.
+        seed: of whatever draws.
         batch_size: windows per forward; None picks one for the device.
 
     Returns:
-        Achieved sparsity, the plan with its budget ledger, and one row per layer (block, name, target, achieved,
-        zeros, numel, error, seconds). Dtype, device and mode of the model stay as they were.
+        Achieved sparsity, the plan with its budget ledger, one row per layer (block, name, target, achieved, zeros,
+        numel, error, seconds) and the masks. Dtype, device and mode of the model stay as they were.
 
     Raises:
         UsageError: a value out of range, an unknown name, a pattern that does not fit.
         UnsupportedModelError: no decoder blocks found, or experts stored as 3-D parameters.
         NumericsError: NaN weights, or a factorisation that fails at any damping; the message names the layer.
     """
-    import torch
-
+    from sparsify.data.inputs import as_inputs
     from sparsify.model.blocks import BlockView
     from sparsify.recipe import Recipe, prune_model
     from sparsify.runs import registry
 
+    chosen = {"recovery": recovery, "quantiser": quantiser}
     recipe = Recipe.of(
         registry.build("pruner", pruner),
         registry.build("allocator", allocator),
         registry.build("method", method),
         pattern,
         sparsity,
+        objective=registry.build("objective", objective),
+        stages={group: registry.build(group, spec) for group, spec in chosen.items() if spec is not None},
     )
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return prune_model(BlockView(model), tokens, recipe, heldout=heldout, batch_size=batch_size, seed=seed)
+        return prune_model(
+            BlockView(model, part),
+            as_inputs(tokens),
+            recipe,
+            heldout=None if heldout is None else as_inputs(heldout, 2),
+            batch_size=batch_size,
+            seed=seed,
+        )
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
-def perplexity(model: nn.Module, tokens: Tensor, *, batch_size: int | None = None) -> float:
+def perplexity(model: nn.Module, tokens: Tensor | Inputs, *, batch_size: int | None = None) -> float:
     """Perplexity of windows: exp of the mean cross-entropy over the seqlen - 1 predicted tokens of each.
 
     Args:
@@ -161,6 +177,6 @@ def perplexity(model: nn.Module, tokens: Tensor, *, batch_size: int | None = Non
         DataError: no windows, or windows of fewer than two tokens.
         NumericsError: the result is not finite.
     """
-    from sparsify.evaluation.perplexity import perplexity as measure
+    from sparsify.model.objective import perplexity as measure
 
     return measure(model, tokens, batch_size=batch_size)

@@ -1,20 +1,23 @@
-"""Allocate, then prune: the two steps that the library call and a cell of a sweep share."""
+"""How to prune: the choices, and what the library call and a cell of a sweep do with them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtyping import Int
-from torch import Tensor
+import torch
 
 from sparsify.allocators.base import Allocator
-from sparsify.allocators.budget import apply_pattern
-from sparsify.allocators.context import DenseContext
 from sparsify.allocators.uniform import Uniform
+from sparsify.data.inputs import Inputs
 from sparsify.errors import UsageError
-from sparsify.evaluation.perplexity import perplexity
-from sparsify.methods.oneshot import LayerResult, OneShot, Progress, silent
+from sparsify.methods.base import Job, Method, Stage
+from sparsify.methods.blockwise import LayerResult
+from sparsify.methods.checkpoint import Checkpoint
 from sparsify.model.blocks import BlockView
+from sparsify.model.dense import DenseModel
+from sparsify.model.masks import Masks
+from sparsify.model.objective import NextToken, Objective
+from sparsify.progress import Progress, silent
 from sparsify.pruners.base import Pruner
 from sparsify.types import Pattern, SparsityPlan, check_sparsity
 
@@ -24,14 +27,18 @@ class PruneResult:
     """What pruning did.
 
     Attributes:
-        sparsity: counted zeros over all prunable weights.
+        sparsity: counted zeros over all prunable weights, after the last stage.
         plan: the targets and the ledger of the budget.
         layers: one result per layer, in the order of the forward pass.
+        masks: which weights are kept, by layer name.
+        notes: what the allocator, the method and the stages noted.
     """
 
     sparsity: float
     plan: SparsityPlan
     layers: list[LayerResult]
+    masks: Masks
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def to_rows(self) -> list[dict[str, Any]]:
         return [layer.to_row() for layer in self.layers]
@@ -39,17 +46,37 @@ class PruneResult:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to prune: every choice but the model and the text."""
+    """How to prune: every choice but the model and the text.
+
+    Attributes:
+        pruner: how a matrix is pruned.
+        allocator: how the budget is split.
+        method: the order of things.
+        pattern: where zeros may stand.
+        sparsity: the budget.
+        objective: the loss that searches and gradients mean.
+        stages: what follows pruning, in order, by name.
+    """
 
     pruner: Pruner
     allocator: Allocator
-    method: OneShot
+    method: Method
     pattern: Pattern
     sparsity: float
+    objective: Objective = field(default_factory=NextToken)
+    stages: Mapping[str, Stage] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, pruner: Pruner, allocator: Allocator, method: OneShot, pattern: str | Pattern, sparsity: float | None
+        cls,
+        pruner: Pruner,
+        allocator: Allocator,
+        method: Method,
+        pattern: str | Pattern,
+        sparsity: float | None,
+        *,
+        objective: Objective | None = None,
+        stages: Mapping[str, Stage] | None = None,
     ) -> "Recipe":
         """A recipe with pattern and sparsity made to agree.
 
@@ -57,92 +84,85 @@ class Recipe:
             UsageError: sparsity outside [0, 1), or not the one that the N:M pattern implies.
         """
         parsed = Pattern.parse(pattern)
-        implied = parsed.sparsity
         if sparsity is None:
-            sparsity = implied
+            sparsity = parsed.sparsity
         if sparsity is None:
             raise UsageError("This pattern needs a sparsity", got=str(parsed), fix="sparsity=0.75")
-        wanted = check_sparsity(sparsity)
-        if implied is not None and abs(wanted - implied) > 1e-9:
-            raise UsageError(
-                f"{parsed} keeps {parsed.kept} of {parsed.group} weights, which fixes the sparsity",
-                got=f"sparsity={wanted:g}",
-                allowed=f"sparsity={implied:g}",
-                fix=f"sparsity={implied:g}, or pattern=mixed:{parsed.group} for a per-layer N",
-            )
-        if implied is not None and not isinstance(allocator, Uniform):
-            raise UsageError(
-                f"A fixed {parsed} gives every layer the same sparsity",
-                got=f"allocator {type(allocator).__name__}",
-                allowed="allocator=uniform",
-                fix=f"allocator=uniform, or pattern=mixed:{parsed.group} for a per-layer N",
-            )
-        return cls(pruner, allocator, method, parsed, wanted)
+        budget = check_sparsity(sparsity)
+        if parsed.sparsity is not None:
+            _check_fixed(parsed, parsed.sparsity, budget, allocator)
+        return cls(pruner, allocator, method, parsed, budget, objective or NextToken(), dict(stages or {}))
 
-    def plan(self, context: DenseContext) -> SparsityPlan:
-        """Ask the allocator and round to the pattern."""
-        table = context.view.table
-        self.allocator.check(self.sparsity, table.num_blocks)
-        return apply_pattern(self.allocator.allocate(table, self.sparsity, context), table, self.pattern)
+
+def _check_fixed(pattern: Pattern, implied: float, sparsity: float, allocator: Allocator) -> None:
+    if abs(sparsity - implied) > 1e-9:
+        raise UsageError(
+            f"{pattern} keeps {pattern.kept} of {pattern.group} weights, which fixes the sparsity",
+            got=f"sparsity={sparsity:g}",
+            allowed=f"sparsity={implied:g}",
+            fix=f"sparsity={implied:g}, or pattern=mixed:{pattern.group} for a per-layer N",
+        )
+    if not isinstance(allocator, Uniform):
+        raise UsageError(
+            f"A fixed {pattern} gives every layer the same sparsity",
+            got=f"allocator {type(allocator).__name__}",
+            allowed="allocator=uniform",
+            fix=f"allocator=uniform, or pattern=mixed:{pattern.group} for a per-layer N",
+        )
 
 
 def prune_model(
     view: BlockView,
-    tokens: Int[Tensor, "n seq"],
+    calibration: Inputs,
     recipe: Recipe,
     *,
-    heldout: Int[Tensor, "m seq"] | None = None,
+    heldout: Inputs | None = None,
     batch_size: int | None = None,
-    dense: Mapping[str, Tensor] | None = None,
+    snapshot: Callable[[], DenseModel] | None = None,
     memo: dict[Any, Any] | None = None,
     seed: int = 0,
     progress: Progress = silent,
+    checkpoint: Checkpoint | None = None,
 ) -> PruneResult:
-    """Allocate and prune in place.
+    """Prune in place by the recipe's method, then run its stages.
+
+    The library call and a cell come through here, with the same random numbers for a seed.
 
     Args:
         view: the dense model.
-        tokens: calibration token ids, [n, seqlen].
+        calibration: what statistics are taken on.
         recipe: what to do.
-        heldout: text for allocators that search, [m, seqlen].
-        batch_size: windows per forward.
-        dense: a snapshot of the dense weights, if there is one already.
+        heldout: inputs for allocators that search.
+        batch_size: samples per forward.
+        snapshot: a copy of the dense model, if there is one already.
         memo: dense-model answers shared between calls with the same model.
-        seed: of allocators that draw.
-        progress: told after each block, in a search of every trial.
+        seed: of whatever draws.
+        progress: told of phases.
+        checkpoint: of the cell's folder.
     """
     view.check_finite()
-
-    def try_plan(plan: SparsityPlan) -> float:
-        nonlocal dense
-        dense = dense or view.snapshot()
-        assert heldout is not None
-        try:
-            recipe.method.apply(
-                view,
-                tokens,
-                recipe.pruner,
-                apply_pattern(plan, view.table, recipe.pattern),
-                batch_size=batch_size,
-                progress=progress,
-            )
-            return perplexity(view.model, heldout, batch_size=batch_size)
-        finally:
-            view.restore(dense)
-
-    context = DenseContext(
-        view,
-        tokens,
-        batch_size,
-        try_plan if heldout is not None else None,
-        {} if memo is None else memo,
-        recipe.pruner,
-        recipe.pattern,
-        heldout,
-        seed,
-        progress,
+    job = Job(
+        view=view,
+        pruner=recipe.pruner,
+        allocator=recipe.allocator,
+        pattern=recipe.pattern,
+        sparsity=recipe.sparsity,
+        calibration=calibration,
+        heldout=heldout,
+        objective=recipe.objective,
+        batch_size=batch_size,
+        seed=seed,
+        snapshot=snapshot,
+        memo={} if memo is None else memo,
+        progress=progress,
+        checkpoint=checkpoint or Checkpoint(),
     )
-    plan = recipe.plan(context)
-    layers = recipe.method.apply(view, tokens, recipe.pruner, plan, batch_size=batch_size, progress=progress)
-    zeros = sum(layer.zeros for layer in layers)
-    return PruneResult(zeros / view.table.numel, plan, layers)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pruned = recipe.method.apply(view, job)
+        masks, notes = pruned.masks, {**pruned.plan.notes, **pruned.notes}
+        for name, stage in recipe.stages.items():
+            staged = stage.apply(view, masks, job)
+            masks, notes = staged.masks, notes | {f"{name}.{key}": value for key, value in staged.notes.items()}
+            masks.check(view)
+    return PruneResult(view.sparsity(), pruned.plan, pruned.layers, masks, notes)

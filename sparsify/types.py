@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from sparsify import schema
 from sparsify.errors import PatternError, UsageError
 
 _N_OF_M = re.compile(r"(\d+|mixed):(\d+)")
@@ -164,6 +165,65 @@ class SparsityPlan:
         """Rebuild a plan from `to_rows` and the ledger of a record."""
         targets = {row["name"]: Target(row["sparsity"], row.get("kept"), row.get("group")) for row in rows}
         return cls(targets, Ledger(**ledger))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One number that was measured, with what else is known of it.
+
+    Attributes:
+        metric: what it is: `perplexity`, `acc`, ...
+        value: the number.
+        stderr: its standard error.
+        n: documents it is a mean over.
+        curve: values by block, first to last.
+        curve_stderr: their standard errors.
+    """
+
+    metric: str
+    value: float
+    stderr: float | None = None
+    n: int | None = None
+    curve: list[float] | None = None
+    curve_stderr: list[float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What is known, as plain data."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Measurement):
+    """What an evaluator found.
+
+    Attributes:
+        protocol: tag that numbers must share to be compared: `W2@2048`, `boolq@0-shot, first 20`.
+        text: where the inputs came from.
+        more: further measurements; a report shows them as rows of their own, `<evaluation>.<metric>`.
+        details: whatever else the record should keep.
+    """
+
+    protocol: str
+    text: Mapping[str, Any] = field(default_factory=dict)
+    more: tuple[Measurement, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, the details beside the rest."""
+        own = {key: value for key, value in super().to_json().items() if key not in ("more", "details", "text")}
+        more = {"more": [measurement.to_json() for measurement in self.more]} if self.more else {}
+        return own | ({"text": dict(self.text)} if self.text else {}) | more | dict(self.details)
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any], where: str) -> Evaluation:
+        """Read what `to_json` wrote.
+
+        Raises:
+            UsageError: it is something else.
+        """
+        own = {key: value for key, value in tree.items() if key in {f.name for f in fields(cls)} - {"details"}}
+        details = {key: value for key, value in tree.items() if key not in own}
+        return schema.load(cls, {**own, "details": details}, where)
 
 
 def check_whole(name: str, value: Any, least: int = 1, *, or_null: bool = False) -> None:

@@ -13,27 +13,23 @@ perplexity are those of the held-out text. Writes a row per pair to <results>/ta
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+import swaps
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from sparsify import paths, pipeline
 from sparsify.allocators.budget import as_is_plan
-from sparsify.allocators.context import DenseContext
-from sparsify.analysis import swaps
 from sparsify.analysis.error_growth import Growth, error_growth
+from sparsify.cells.bench import Bench, bench_of
+from sparsify.cells.cell import Cell
 from sparsify.commands import cli
 from sparsify.errors import UsageError
-from sparsify.evaluation.perplexity import perplexity
-from sparsify.model.sources import pick_device
-from sparsify.runs import console
+from sparsify.methods.base import Job
+from sparsify.progress import Progress
+from sparsify.runs import console, menu
 from sparsify.types import LayerTable, SparsityPlan
 
 DEFAULTS = ["allocator=atp", "allocator.beta=0.008", "sparsity=0.7"]
@@ -44,27 +40,39 @@ Profile = tuple[float, ...]
 class Lab:
     """A model that is pruned by one profile after another; each is measured once."""
 
-    cell: pipeline.Cell
-    stand: pipeline.Bench
+    cell: Cell
+    bench: Bench
     growths: dict[Profile, Growth] = field(default_factory=dict)
     perplexities: dict[Profile, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, overrides: list[str]) -> Lab:
-        with initialize_config_dir(str(paths.configs()), version_base="1.3"):
-            config = compose("config", [*DEFAULTS, *cli.expand_model(overrides)])
-        cell = pipeline.Cell.of(config)
-        model = json.dumps(OmegaConf.to_container(config.model, resolve=True), sort_keys=True)
-        return cls(cell, pipeline.bench(model, config.dtype, pick_device(config.device)))
+        cell = Cell.of(menu.compose([*DEFAULTS, *cli.understood(overrides)]))
+        return cls(cell, bench_of(cell))
 
     @property
     def table(self) -> LayerTable:
-        return self.stand.view.table
+        return self.bench.view.table
+
+    @property
+    def job(self) -> Job:
+        """Pruning as the cell has it."""
+        seed, recipe = self.cell.config["seed"], self.cell.recipe
+        return Job(
+            view=self.bench.view,
+            pruner=recipe.pruner,
+            allocator=recipe.allocator,
+            pattern=recipe.pattern,
+            sparsity=recipe.sparsity,
+            calibration=self.bench.inputs(self.cell.calibration, seed),
+            heldout=self.bench.inputs(self.cell.heldout, seed),
+            objective=recipe.objective,
+            batch_size=self.cell.config["batch_size"],
+        )
 
     def profile(self) -> Profile:
         """Sparsity by block, as the cell's allocator has it."""
-        tokens = self.stand.cut(self.cell.calibration, self.cell.config.seed).tokens
-        plan = self.cell.recipe.plan(DenseContext(self.stand.view, tokens, self.cell.config.batch_size))
+        plan = self.job.plan(self.cell.recipe.sparsity)
         by_block = {layer.block: plan.targets[layer.name].sparsity for layer in self.table}
         return tuple(by_block[block] for block in sorted(by_block))
 
@@ -72,15 +80,13 @@ class Lab:
         """Prune by a profile, measure, and make the model dense again."""
         if profile in self.growths:
             return
-        seed, batch_size = self.cell.config.seed, self.cell.config.batch_size
-        view, recipe = self.stand.view, self.cell.recipe
-        calibration, heldout = (self.stand.cut(w, seed).tokens for w in (self.cell.calibration, self.cell.heldout))
+        job, view = self.job, self.bench.view
         try:
-            recipe.method.apply(view, calibration, recipe.pruner, self._plan(profile), batch_size=batch_size)
-            self.growths[profile] = error_growth(view, self.stand.dense, heldout, batch_size=batch_size)
-            self.perplexities[profile] = perplexity(view.model, heldout, batch_size=batch_size)
+            job.prune(self._plan(profile), regime=self.cell.config["method"]["regime"])
+            self.growths[profile] = error_growth(view, self.bench.dense, job.heldout, batch_size=job.batch_size)
+            self.perplexities[profile] = job.score()
         finally:
-            view.restore(self.stand.dense)
+            self.bench.restore()
 
     def _plan(self, profile: Profile) -> SparsityPlan:
         return as_is_plan(self.table, self.table.spread(list(profile)), self.cell.recipe.sparsity)
@@ -102,7 +108,7 @@ def pairs_of(profile: Profile, gap: float | None) -> list[int]:
     return pairs
 
 
-def rows_of(lab: Lab, profile: Profile, gap: float | None, done: Callable[[int, int], None]) -> pd.DataFrame:
+def rows_of(lab: Lab, profile: Profile, gap: float | None, done: Progress) -> pd.DataFrame:
     """A row per pair: every measure in ascending and in descending order."""
     rows = []
     pairs = pairs_of(profile, gap)
@@ -116,7 +122,7 @@ def rows_of(lab: Lab, profile: Profile, gap: float | None, done: Callable[[int, 
             row |= {f"own {k}, {name}": float(growth.own_median[block + k].mean()) for k in (0, 1)}
             row |= {f"sparsity {k}, {name}": order[block + k] for k in (0, 1)}
         rows.append(row)
-        done(count, len(pairs))
+        done("pair", count, len(pairs))
     return pd.DataFrame(rows)
 
 
@@ -172,11 +178,11 @@ def main(arguments: list[str]) -> int:
     try:
         lab = Lab.of(options.overrides)
         profile = lab.profile()
-        with console.bar("pairs") as progress:
+        with console.progress("swapping") as progress:
             rows = rows_of(lab, profile, options.gap, progress)
         config = lab.cell.config
-        name = f"adjacent_swaps_{config.model.name.replace('/', '-')}_{config.scale}_{lab.cell.key}"
-        file = Path(config.results) / "tables" / (name + (f"_gap{options.gap:g}" if options.gap else "") + ".csv")
+        name = f"adjacent_swaps_{config['model']['name'].replace('/', '-')}_{config['scale']}_{lab.cell.key}"
+        file = Path(config["results"]) / "tables" / (name + (f"_gap{options.gap:g}" if options.gap else "") + ".csv")
         file.parent.mkdir(parents=True, exist_ok=True)
         rows.to_csv(file, index=False, lineterminator="\n")
         console.out().print(paragraph(lab, rows), markup=False)

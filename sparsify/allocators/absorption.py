@@ -1,31 +1,29 @@
 """Absorption-aware correction: prune more where later blocks absorb what pruning disturbs."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from sparsify.allocators.base import Allocator, Context, finite_or_none
-from sparsify.allocators.budget import fit_plan
+from sparsify.allocators.base import Allocator, finite_or_none
+from sparsify.allocators.context import Context
 from sparsify.allocators.owl import OWL
+from sparsify.allocators.profile import Profile
 from sparsify.analysis.absorption import Reading, absorption
-from sparsify.analysis.perturbation import Pruned, Source
+from sparsify.analysis.drift import Drift, drift
+from sparsify.analysis.perturbation import PrunedBlock, Source
+from sparsify.data.inputs import first
 from sparsify.errors import NumericsError, UsageError
-from sparsify.types import LayerTable, SparsityPlan, check_whole
-
-if TYPE_CHECKING:
-    from sparsify.analysis.drift import Drift
+from sparsify.types import LayerTable, check_whole
 
 CONTROLS = ("none", "flipped", "permuted", "ramp", "first")
 
 
 @dataclass(frozen=True)
-class AbsorptionCorrected:
+class AbsorptionCorrected(Allocator):
     """Any allocator plus a bounded correction by its blocks' absorption: s'_l = s_l + strength D_l / (2 clip).
 
     Source: arXiv 2606.15161, by second-hand notes: D_l = -(u_l - mean u), u_l = clip(log r_l, +-log 3), r_l the share
@@ -53,7 +51,7 @@ class AbsorptionCorrected:
 
     inner: Allocator = field(default_factory=OWL)
     strength: float | Literal["auto"] = "auto"
-    source: Source = field(default_factory=Pruned)
+    source: Source = field(default_factory=PrunedBlock)
     reading: Reading = field(default_factory=Reading)
     windows: int | None = 8
     seeds: int = 1
@@ -80,24 +78,34 @@ class AbsorptionCorrected:
         check_whole("windows", self.windows, or_null=True)
         check_whole("seeds", self.seeds)
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        self.inner.check(wanted, num_blocks)
-
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
-        base = self.inner.allocate(layers, wanted, context)
-        if wanted == 0:
-            return base
-        source = self.source
-        if isinstance(source, Pruned) and source.sparsity is None:
-            source = replace(source, sparsity=wanted)
-        drift = context.drift(source, self.windows, self.seeds)
-        shift = self._direction(drift, context.seed)
-        notes = {"r": absorption(drift, self.reading).r.tolist(), "correction": shift.tolist()}
-        notes |= {f"inner.{name}": value for name, value in base.notes.items()}
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
+        inner = self.inner.profile(layers, sparsity, context)
+        drift = self._drift(sparsity, context)
+        direction = self._direction(drift, context.seed)
+        notes = {"r": absorption(drift, self.reading).r.tolist(), "correction": direction.tolist()}
+        notes |= {f"inner.{name}": value for name, value in inner.notes.items()}
         if self.strength != "auto":
-            plan = corrected(base, shift, float(self.strength), layers, wanted)
-            return SparsityPlan(plan.targets, plan.ledger, base.trials, notes)
-        return self._search(base, shift, layers, wanted, context, notes)
+            profile = corrected(inner, direction, float(self.strength), layers, sparsity)
+            return replace(profile, trials=inner.trials, notes=notes)
+        return self._search(inner, direction, layers, sparsity, context, notes)
+
+    def _drift(self, sparsity: float, context: Context) -> Drift:
+        """What becomes of a disturbance of each block, on the first calibration inputs."""
+        source = self.source
+        if isinstance(source, PrunedBlock) and source.sparsity is None:
+            source = replace(source, sparsity=sparsity)
+        inputs = first(context.calibration, self.windows)
+        return context.once(  # type: ignore[no-any-return]
+            ("drift", source, self.windows, self.seeds),
+            lambda: drift(
+                context.view,
+                inputs,
+                source,
+                seeds=self.seeds,
+                batch_size=context.batch_size,
+                progress=context.progress,
+            ),
+        )
 
     def _direction(self, drift: Drift, seed: int) -> Float[ndarray, " blocks"]:
         """D over its largest possible size, or what the control puts in its place."""
@@ -115,31 +123,33 @@ class AbsorptionCorrected:
 
     def _search(
         self,
-        base: SparsityPlan,
-        shift: Float[ndarray, " blocks"],
+        inner: Profile,
+        direction: Float[ndarray, " blocks"],
         layers: LayerTable,
-        wanted: float,
+        sparsity: float,
         context: Context,
         notes: dict[str, object],
-    ) -> SparsityPlan:
-        plans = {strength: corrected(base, shift, strength, layers, wanted) for strength in self.grid}
-        scores = {strength: finite_or_none(context, plan) for strength, plan in plans.items()}
+    ) -> Profile:
+        profiles = {strength: corrected(inner, direction, strength, layers, sparsity) for strength in self.grid}
+        scores: dict[float, float | None] = {}
+        context.progress("trial", 0, len(profiles))
+        for strength, profile in profiles.items():
+            scores[strength] = finite_or_none(context, profile.fitted(layers, sparsity))
+            context.progress("trial", len(scores), len(profiles))
         finite = {strength: score for strength, score in scores.items() if score is not None}
         if not finite:
             raise NumericsError("No strength of the grid gave a finite perplexity", got=scores, fix="a lower sparsity")
         best = min(finite, key=lambda strength: finite[strength])
         trials = tuple({"strength": x, "heldout_perplexity": y} for x, y in scores.items())
-        return SparsityPlan(
-            plans[best].targets, plans[best].ledger, (*base.trials, *trials), {**notes, "strength": best}
-        )
+        return replace(profiles[best], trials=(*inner.trials, *trials), notes={**notes, "strength": best})
 
 
 def corrected(
-    base: SparsityPlan, shift: Float[ndarray, " blocks"], strength: float, layers: LayerTable, wanted: float
-) -> SparsityPlan:
-    """The base plan with every block moved by `strength` times its entry of `shift`, at the same budget."""
+    inner: Profile, direction: Float[ndarray, " blocks"], strength: float, layers: LayerTable, sparsity: float
+) -> Profile:
+    """The inner plan with every block moved by `strength` times its entry of `direction`; at strength 0 as it is."""
     if strength == 0:
-        return base
-    now = base.sparsities()
-    by_name = layers.spread((strength * shift).tolist())
-    return fit_plan(layers, {name: now[name] + by_name[name] for name in now}, wanted)
+        return inner
+    now = inner.fitted(layers, sparsity).sparsities()
+    by_name = layers.spread((strength * direction).tolist())
+    return Profile({name: now[name] + by_name[name] for name in now})

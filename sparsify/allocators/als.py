@@ -7,14 +7,16 @@ from jaxtyping import Float
 from scipy.optimize import linprog
 from torch import Tensor
 
-from sparsify.allocators.base import Context
-from sparsify.allocators.budget import fit_plan
+from sparsify.allocators.base import Allocator
+from sparsify.allocators.budget import HIGH
+from sparsify.allocators.context import Context
+from sparsify.allocators.profile import Profile, by_block
 from sparsify.errors import NumericsError, UsageError
-from sparsify.types import LayerTable, SparsityPlan
+from sparsify.types import LayerTable
 
 
 @dataclass(frozen=True)
-class ALS:
+class ALS(Allocator):
     """Kept shares that maximise the kept independence within the budget.
 
     Source: Li et al., "Adaptive Layer Sparsity for Large Language Models via Activation Correlation Assessment"
@@ -51,26 +53,23 @@ class ALS:
                 allowed="0 <= reach <= 1, windows >= 1",
             )
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        """Nothing to refuse before the activations are known."""
-
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
         matrix = context.once(("als", self.windows, self.normalise), lambda: self._redundancy(context))
         weights = independence(matrix)
-        low, high = max(wanted - self.reach, 0.0), min(wanted + self.reach, 0.99)
-        by_block = solve_program(weights, layers.block_numels(), wanted, low, max(high, wanted))
-        plan = fit_plan(layers, layers.spread(by_block), wanted, low=low, high=max(high, wanted))
-        return SparsityPlan(plan.targets, plan.ledger, notes={"independence": weights})
+        low, high = max(sparsity - self.reach, 0.0), max(min(sparsity + self.reach, HIGH), sparsity)
+        values = solve_program(weights, layers.block_numels(), sparsity, low, high)
+        return by_block(layers, values, low=low, high=high, notes={"independence": weights})
 
     @torch.no_grad()
     def _redundancy(self, context: Context) -> list[list[float]]:
-        features = []
-        for hidden in context.hidden_states(self.windows):
-            tokens = hidden.flatten(0, -2).float()
+        features, walk = [], context.walk(self.windows)
+        for block in range(len(walk.view.blocks)):
+            tokens = walk.hidden.flatten(0, -2).float()
             norms = tokens.norm(dim=1, keepdim=True).clamp_min(1e-12)
             features.append(tokens / norms if self.normalise else tokens.clone())
-        found: list[list[float]] = redundancy(features).tolist()
-        return found
+            walk.advance(block)
+        pairs: list[list[float]] = redundancy(features).tolist()
+        return pairs
 
 
 def redundancy(features: list[Float[Tensor, "tok dim"]]) -> Float[Tensor, "n n"]:
@@ -92,12 +91,12 @@ def independence(matrix: list[list[float]]) -> list[float]:
     weights = (exponent - exponent.max()).exp()  # a common factor changes no optimum, and keeps them from vanishing
     counts = torch.arange(len(weights), 0, -1)
     means = weights.flip(0).cumsum(0).flip(0) / counts
-    found: list[float] = (means / means.max()).tolist()
-    return found
+    relative: list[float] = (means / means.max()).tolist()
+    return relative
 
 
-def solve_program(weights: list[float], numels: list[int], wanted: float, low: float, high: float) -> list[float]:
-    """Sparsities within [low, high] that keep the most weighted share, the parameter-weighted mean being `wanted`.
+def solve_program(weights: list[float], numels: list[int], sparsity: float, low: float, high: float) -> list[float]:
+    """Sparsities within [low, high] that keep the most weighted share, the parameter-weighted mean being `sparsity`.
 
     Raises:
         NumericsError: the solver found no solution.
@@ -106,7 +105,7 @@ def solve_program(weights: list[float], numels: list[int], wanted: float, low: f
     solution = linprog(
         [-w for w in weights],
         A_eq=[[n / total for n in numels]],
-        b_eq=[1 - wanted],
+        b_eq=[1 - sparsity],
         bounds=[(1 - high, 1 - low)] * len(weights),
         method="highs",
     )

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from sparsify.allocators.base import Context, finite_or_none
-from sparsify.allocators.budget import fit_plan
+from sparsify.allocators.base import Allocator, finite_or_none
+from sparsify.allocators.profile import Profile, by_block
 from sparsify.errors import NumericsError, UsageError
-from sparsify.types import LayerTable, SparsityPlan
+from sparsify.types import LayerTable
+
+if TYPE_CHECKING:
+    from sparsify.allocators.context import Context
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class Arithmetic(Allocator):
     """s_i = S - beta (L-1)/2 + beta (i-1) for block i of L; all layers of a block share s_i.
 
     Source: ATP (arXiv 2502.14770), Eq. 10, with the search of Algorithm 1 for `beta="auto"`.
@@ -39,34 +42,32 @@ class Arithmetic:
         if not self.step > 0:
             raise UsageError("The step of the beta grid is positive", got=self.step, fix="allocator.step=0.002")
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        """Refuse a beta that would ask a block for a sparsity outside [0, 1]."""
-        check_beta({"beta": self.beta}, wanted, num_blocks)
-
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
-        self.check(wanted, layers.num_blocks)
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
+        check_beta({"beta": self.beta}, sparsity, layers.num_blocks)
         if self.beta == "auto":
-            return self._search(layers, wanted, context)
-        by_block = progression(wanted, float(self.beta), layers.num_blocks)
-        return fit_plan(layers, layers.spread(by_block), wanted, high=1.0)
+            return self._search(layers, sparsity, context)
+        return by_block(layers, progression(sparsity, float(self.beta), layers.num_blocks), high=1.0)
 
-    def _search(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
+    def _search(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
         trials: list[dict[str, float | None]] = []
-        best: tuple[float, float, SparsityPlan] | None = None
-        for beta in beta_grid(wanted, layers.num_blocks, self.step):
-            plan = replace(self, beta=beta).allocate(layers, wanted, context)
-            score = finite_or_none(context, plan)
+        best: tuple[float, float, Profile] | None = None
+        grid = beta_grid(sparsity, layers.num_blocks, self.step)
+        context.progress("trial", 0, len(grid))
+        for beta in grid:
+            profile = replace(self, beta=beta).profile(layers, sparsity, context)
+            score = finite_or_none(context, profile.fitted(layers, sparsity))
             trials.append({"beta": beta, "heldout_perplexity": score})
+            context.progress("trial", len(trials), len(grid))
             if score is not None and (best is None or score < best[0]):
-                best = score, beta, plan
+                best = score, beta, profile
         if best is None:
             raise NumericsError("No beta of the grid gave a finite perplexity", got=trials, fix="a lower sparsity")
-        _, beta, plan = best
-        return SparsityPlan(plan.targets, plan.ledger, tuple(trials), {"beta": beta})
+        _, beta, profile = best
+        return replace(profile, trials=tuple(trials), notes={"beta": beta})
 
 
 @dataclass(frozen=True)
-class RelativeProgression:
+class RelativeProgression(Allocator):
     """An arithmetic progression whose beta is a fraction of its legal maximum: comparable across depths and budgets.
 
     Attributes:
@@ -80,13 +81,9 @@ class RelativeProgression:
         if not -1 <= self.fraction <= 1:
             raise UsageError("fraction is a part of the legal maximum of beta", got=self.fraction, allowed="[-1, 1]")
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        """Every fraction is legal."""
-
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
-        beta = self.fraction * legal_maximum(wanted, layers.num_blocks) if layers.num_blocks > 1 else 0.0
-        plan = Arithmetic(beta).allocate(layers, wanted, context)
-        return SparsityPlan(plan.targets, plan.ledger, notes={"beta": beta})
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
+        beta = self.fraction * legal_maximum(sparsity, layers.num_blocks) if layers.num_blocks > 1 else 0.0
+        return replace(Arithmetic(beta).profile(layers, sparsity, context), notes={"beta": beta})
 
 
 def check_beta(node: Mapping[str, Any], sparsity: float, num_blocks: int) -> None:
@@ -106,20 +103,20 @@ def check_beta(node: Mapping[str, Any], sparsity: float, num_blocks: int) -> Non
         )
 
 
-def progression(wanted: float, beta: float, num_blocks: int) -> list[float]:
+def progression(sparsity: float, beta: float, num_blocks: int) -> list[float]:
     """Sparsity of each block, first to last, clamped against float noise at the ends."""
-    first = wanted - beta * (num_blocks - 1) / 2
+    first = sparsity - beta * (num_blocks - 1) / 2
     return [min(max(first + beta * i, 0.0), 1.0) for i in range(num_blocks)]
 
 
-def legal_maximum(wanted: float, num_blocks: int) -> float:
+def legal_maximum(sparsity: float, num_blocks: int) -> float:
     """Largest beta for which every block stays within [0, 1] (ATP, below Eq. 10)."""
-    return math.inf if num_blocks < 2 else min(2 * wanted, 2 * (1 - wanted)) / (num_blocks - 1)
+    return math.inf if num_blocks < 2 else min(2 * sparsity, 2 * (1 - sparsity)) / (num_blocks - 1)
 
 
-def beta_grid(wanted: float, num_blocks: int, step: float = 0.002) -> list[float]:
+def beta_grid(sparsity: float, num_blocks: int, step: float = 0.002) -> list[float]:
     """0, step, 2 step, ... up to the legal maximum."""
     if num_blocks < 2:
         return [0.0]
-    count = math.floor(legal_maximum(wanted, num_blocks) / step + 1e-9)
+    count = math.floor(legal_maximum(sparsity, num_blocks) / step + 1e-9)
     return [round(i * step, 12) for i in range(count + 1)]

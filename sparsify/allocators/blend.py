@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from sparsify.allocators.arithmetic import RelativeProgression
-from sparsify.allocators.base import Allocator, Context
-from sparsify.allocators.budget import fit_plan
+from sparsify.allocators.base import Allocator
+from sparsify.allocators.profile import Profile
 from sparsify.allocators.searching import Searching, rule_profiles
 from sparsify.allocators.spectral import AlphaPruning
 from sparsify.errors import UsageError
 from sparsify.search import spaces
-from sparsify.types import LayerTable, SparsityPlan
+from sparsify.types import LayerTable
+
+if TYPE_CHECKING:
+    from sparsify.allocators.context import Context
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blend(Searching):
+class Blend(Searching, Allocator):
     """S + sum_k w_k (p_k - S) over the profiles p_k of other allocators, fitted to the budget.
 
     Ours; no paper. With `weights="auto"` the weights are searched on held-out text inside the cell, starting from each
@@ -53,14 +56,8 @@ class Blend(Searching):
                 fix="allocator.weights=auto",
             )
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        self.check_budget(wanted)
-        for part in self.parts.values():
-            part.check(wanted, num_blocks)
-
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
-        space = spaces.blends(rule_profiles(self.parts, layers, wanted, context), wanted)
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
+        space = spaces.blends(rule_profiles(self.parts, layers, sparsity, context), sparsity)
         if self.weights == "auto":
-            return self.best_plan(layers, wanted, context, space)
-        point = np.array([float(self.weights[name]) for name in self.parts])
-        return fit_plan(layers, space.profile(point), wanted)
+            return self.best_profile(layers, sparsity, context, space)
+        return Profile(space.profile(np.array([float(self.weights[name]) for name in self.parts])))

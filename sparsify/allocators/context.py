@@ -1,154 +1,112 @@
-"""What an allocator may ask about the dense model, answered lazily and remembered."""
+"""What an allocator may ask: the dense model, its statistics, and how good a plan is. Answered lazily, remembered."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsify.allocators.budget import apply_pattern
-from sparsify.analysis.drift import Drift, drift
-from sparsify.analysis.perturbation import Source
+from sparsify.data.inputs import Inputs, first
 from sparsify.errors import UsageError
 from sparsify.model.blocks import BlockView
-from sparsify.model.statistics import LayerStats
+from sparsify.model.dense import DenseModel
+from sparsify.model.objective import NextToken, Objective
+from sparsify.model.statistics import LayerStats, Needs
 from sparsify.model.walk import Walk
+from sparsify.progress import Progress, silent
 from sparsify.pruners.base import Pruner
-from sparsify.search.screen import Screen
+from sparsify.search.proxy import Proxy
 from sparsify.types import Pattern, SparsityPlan
-
-Objective = Callable[[SparsityPlan], float]
-Progress = Callable[[int, int], None]
-"""Called with (trials done, trials in all)."""
 
 
 @dataclass
-class DenseContext:
-    """Answers for one model and one calibration text; the model must still be dense when asked.
+class Context:
+    """One dense model with inputs to calibrate on; the model must be dense whenever something is asked.
 
     Attributes:
-        view: the dense model.
-        tokens: calibration token ids, [n, seqlen].
-        batch_size: windows per forward.
-        try_plan: held-out perplexity after pruning by a plan, leaving the model dense again.
-        memo: answers so far; pass the same dict again for the same model, whatever the text.
-        pruner: prunes the blocks of `input_norms`.
-        pattern: that trial plans are rounded to.
-        heldout: token ids that searches score on, [m, seqlen].
+        view: the model.
+        calibration: what statistics are taken on.
+        heldout: what searches score on; None where there is nothing.
+        batch_size: samples per forward.
+        objective: the loss that searches lower.
+        try_plan: held-out score after pruning by a plan, leaving the model dense again.
+        snapshot: makes or finds the copy of the dense model.
+        memo: answers so far; pass the same dict again for the same model, whatever the inputs.
+        pruner: of the run, for allocators that prune on trial.
+        pattern: of the run, which trial plans are rounded to.
         seed: of searches that draw.
-        progress: told of every trial of a search, and of every block of a drift.
+        progress: told of trials and blocks.
     """
 
     view: BlockView
-    tokens: Int[Tensor, "n seq"]
+    calibration: Inputs
+    heldout: Inputs | None = None
     batch_size: int | None = None
-    try_plan: Objective | None = None
+    objective: Objective = field(default_factory=NextToken)
+    try_plan: Callable[[SparsityPlan], float] | None = None
+    snapshot: Callable[[], DenseModel] | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
     pruner: Pruner | None = None
     pattern: Pattern = field(default_factory=Pattern)
-    heldout: Int[Tensor, "m seq"] | None = None
     seed: int = 0
-    progress: Progress = lambda done, total: None
+    progress: Progress = silent
 
     def weights(self) -> Mapping[str, Tensor]:
+        """Dense weights by layer name, each [out, inp], where the model is."""
         return {layer.spec.name: layer.weight for layer in self.view.layers}
 
-    def dense_stats(self, needs: frozenset[str]) -> Mapping[str, LayerStats]:
-        """One pass over the calibration text through the dense model."""
-        return self.once(("dense_stats", needs), lambda: self._collect(needs))  # type: ignore[no-any-return]
+    def stats(self, needs: Needs) -> Mapping[str, LayerStats]:
+        """Input statistics of the dense model by layer name."""
+        return self.once(("stats", needs), lambda: self._all_stats(needs))  # type: ignore[no-any-return]
 
-    def objective(self, plan: SparsityPlan) -> float:
-        """Held-out perplexity of a plan.
+    def stats_by_block(self, needs: Needs) -> Iterator[Mapping[str, LayerStats]]:
+        """The same, block by block and not remembered: for statistics too large to keep for a whole model."""
+        walk = self.walk()
+        for block in range(len(self.view.blocks)):
+            yield walk.observe(block, needs, advance=True)
+
+    def walk(self, samples: int | None = None) -> Walk:
+        """The first calibration inputs before the first block; all for None."""
+        return Walk(self.view, first(self.calibration, samples), self.batch_size)
+
+    def heldout_inputs(self, samples: int | None = None) -> Inputs:
+        """The first held-out inputs, or all of them.
 
         Raises:
-            UsageError: there is no held-out text.
-        """
-        self.heldout_tokens(None)
-        assert self.try_plan is not None
-        return self.try_plan(plan)
-
-    def heldout_tokens(self, windows: int | None) -> Int[Tensor, "m seq"]:
-        """The first held-out windows, or all of them.
-
-        Raises:
-            UsageError: there is no held-out text.
+            UsageError: there are none.
         """
         if self.heldout is None:
             raise UsageError("This allocator searches on held-out text", fix="pass heldout=<tokens> to sparsify.prune")
-        return self.heldout[:windows]
+        return first(self.heldout, samples)
 
-    def drift(self, source: Source, windows: int | None, seeds: int) -> Drift:
-        """What becomes of a disturbance of each block, on the first calibration windows."""
-        return self.once(  # type: ignore[no-any-return]
-            ("drift", source, windows, seeds),
-            lambda: drift(
-                self.view,
-                self.tokens[:windows],
-                source,
-                seeds=seeds,
-                batch_size=self.batch_size,
-                progress=self.progress,
-            ),
-        )
+    def score(self, plan: SparsityPlan) -> float:
+        """Exp of the mean held-out loss (a perplexity, for text) after pruning by a plan; the model is dense again.
 
-    def screen(self, windows: int | None) -> AbstractContextManager[Screen]:
-        """A screen on the first calibration windows; the model is dense again when it closes."""
-        return Screen(self.view, self.view.snapshot(), self.tokens[:windows]).closing()
+        Raises:
+            UsageError: there is nothing held out.
+            NumericsError: it is not finite.
+        """
+        self.heldout_inputs()
+        assert self.try_plan is not None
+        return self.try_plan(plan)
+
+    def proxy(self, samples: int | None) -> AbstractContextManager[Proxy]:
+        """A cheap stand-in for pruning, on the first calibration inputs; the model is dense again when it closes."""
+        dense = self.snapshot() if self.snapshot is not None else self.view.snapshot()
+        return Proxy(self.view, dense, first(self.calibration, samples), self.objective).closing()
 
     def once(self, key: Any, make: Callable[[], Any], *, of_weights: bool = False) -> Any:
-        place = key if of_weights else (self._text, key)
+        """`make()`, computed once per dense model and inputs (or per model, where it is `of_weights` alone)."""
+        place = key if of_weights else (self._digest, key)
         if place not in self.memo:
             self.memo[place] = make()
         return self.memo[place]
 
     @cached_property
-    def _text(self) -> str:
-        """The calibration text, for answers that depend on it."""
-        return f"{tuple(self.tokens.shape)} {hashlib.sha256(self.tokens.cpu().numpy().tobytes()).hexdigest()}"
+    def _digest(self) -> str:
+        return self.calibration.digest
 
-    def dense_blocks(self, needs: frozenset[str]) -> Iterator[Mapping[str, LayerStats]]:
-        walk = Walk(self.view, self.tokens, self.batch_size)
-        for block in range(len(self.view.blocks)):
-            yield walk.observe(block, needs, advance=True)
-
-    def hidden_states(self, windows: int) -> Iterator[Float[Tensor, "n seq dim"]]:
-        """What enters each block; overwritten in place when the next one is asked for."""
-        walk = Walk(self.view, self.tokens[:windows], self.batch_size)
-        for block in range(len(self.view.blocks)):
-            yield walk.hidden
-            walk.advance(block)
-
-    @torch.no_grad()
-    def input_norms(
-        self, plan: SparsityPlan, windows: int
-    ) -> Iterator[tuple[Float[Tensor, " inp"], Float[Tensor, " inp"]]]:
-        """One walk; each block is pruned as in the propagated regime, observed again, and put back.
-
-        Raises:
-            UsageError: this context has no pruner.
-        """
-        if self.pruner is None:
-            raise UsageError("This allocator prunes on trial, and the context has no pruner", fix="use sparsify.prune")
-        targets = apply_pattern(plan, self.view.table, self.pattern).targets
-        walk = Walk(self.view, self.tokens[:windows], self.batch_size)
-        for block in range(len(self.view.blocks)):
-            layers = self.view.layers_of(block)
-            before = walk.observe(block, self.pruner.needs | {"norm"})
-            dense = [layer.weight.clone() for layer in layers]
-            try:
-                for layer in layers:
-                    pruned = self.pruner.prune(layer.weight, before[layer.spec.name], targets[layer.spec.name])
-                    layer.write(pruned.weight)
-                after = walk.observe(block, frozenset({"norm"}), advance=True)
-            finally:
-                for layer, weight in zip(layers, dense, strict=True):
-                    layer.write(weight)
-            yield from ((before[x.spec.name].norm, after[x.spec.name].norm) for x in layers)
-
-    def _collect(self, needs: frozenset[str]) -> dict[str, LayerStats]:
-        return {name: stats for block in self.dense_blocks(needs) for name, stats in block.items()}
+    def _all_stats(self, needs: Needs) -> dict[str, LayerStats]:
+        return {name: stats for block in self.stats_by_block(needs) for name, stats in block.items()}

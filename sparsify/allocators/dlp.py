@@ -7,14 +7,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsify.allocators.base import Context, outlier_plan
+from sparsify.allocators.base import Allocator, outlier_profile
+from sparsify.allocators.context import Context
+from sparsify.allocators.profile import Profile
 from sparsify.allocators.scores import mean_of, wanda_by_block
 from sparsify.errors import UsageError
-from sparsify.types import LayerTable, SparsityPlan
+from sparsify.types import LayerTable
 
 
 @dataclass(frozen=True)
-class DLP:
+class DLP(Allocator):
     """Keep ratios linear in 1 - score / (sum of scores), where a block's score is the mean of its Wanda scores.
 
     Source: Chen et al., "DLP: Dynamic Layerwise Pruning" (arXiv 2505.23807), by the released code
@@ -40,16 +42,13 @@ class DLP:
         if self.statistic not in STATISTICS:
             raise UsageError("Unknown statistic", got=self.statistic, allowed=", ".join(STATISTICS))
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        """Nothing to refuse before the statistics are known."""
-
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
         scores = context.once(
             ("dlp", self.statistic), lambda: wanda_by_block(layers, context, STATISTICS[self.statistic])
         )
         total = sum(scores)
         importance = [1 - score / total for score in scores]
-        return outlier_plan(layers, importance, 2 * self.alpha, wanted, {"block_score": scores})
+        return outlier_profile(layers, importance, 2 * self.alpha, sparsity, {"block_score": scores})
 
 
 def median_of(scores: list[Float[Tensor, "_ _"]]) -> Float[Tensor, ""]:

@@ -7,14 +7,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsify.allocators.base import Context, outlier_plan
+from sparsify.allocators.base import Allocator, outlier_profile
+from sparsify.allocators.context import Context
+from sparsify.allocators.profile import Profile
 from sparsify.allocators.scores import wanda_by_block
 from sparsify.errors import NumericsError, UsageError
-from sparsify.types import LayerTable, SparsityPlan
+from sparsify.types import LayerTable
 
 
 @dataclass(frozen=True)
-class DSA:
+class DSA(Allocator):
     """Blocks whose Wanda scores vary more on a log scale are pruned more.
 
     Source: Li et al., "Discovering Sparsity Allocation for Layer-wise Pruning of LLMs" (DSA, NeurIPS 2024),
@@ -40,10 +42,7 @@ class DSA:
         if not 0 <= self.lam < 0.5:
             raise UsageError("lam is half the width of the range of sparsities", got=self.lam, allowed="0 <= lam < 0.5")
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        """Nothing to refuse before the statistics are known."""
-
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
         variances = context.once(("dsa",), lambda: wanda_by_block(layers, context, log_variance))
         signal = [searched_signal(v) for v in variances]
         if not any(signal):
@@ -53,7 +52,7 @@ class DSA:
                 allowed=f"some block below {math.tan(1):.4g}",
                 fix="another allocator, such as allocator=dlp",
             )
-        return outlier_plan(layers, [-s for s in signal], 2 * self.lam, wanted, {"log_variance": variances})
+        return outlier_profile(layers, [-s for s in signal], 2 * self.lam, sparsity, {"log_variance": variances})
 
 
 def log_variance(scores: list[Float[Tensor, "_ _"]]) -> Float[Tensor, ""]:

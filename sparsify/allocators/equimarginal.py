@@ -4,42 +4,41 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from sparsify.allocators.base import Allocator, Context
-from sparsify.allocators.budget import fit_plan
-from sparsify.allocators.searching import HIGH
+from sparsify.allocators.base import Allocator
+from sparsify.allocators.profile import Profile
 from sparsify.allocators.uniform import Uniform
 from sparsify.errors import NumericsError, UsageError
 from sparsify.types import LayerTable, SparsityPlan, check_whole
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sparsify.search.screen import Screen
+    from sparsify.allocators.context import Context
+    from sparsify.data.inputs import Inputs
+    from sparsify.search.proxy import Proxy
 
 LONGEST = 4.0
 """A layer moves at most this many times the mean step."""
 
 
 @dataclass(frozen=True)
-class Equimarginal:
+class Equimarginal(Allocator):
     """Descend the held-out loss along the sparsities of the layers, at a constant number of zeros.
 
     At the best split of a budget no layer can give a zero to another at a profit: the derivative of the loss by the
     number of zeros is the same in every layer (the Lagrange condition of the budget). One backward pass of the pruned
-    model gives all these derivatives at once (`Screen.marginal_costs`), where a search by trial needs a forward pass
+    model gives all these derivatives at once (`Proxy.marginal_costs`), where a search by trial needs a forward pass
     for each. Every step moves sparsity from layers in which a zero costs more than the mean to those in which it
     costs less; every `settle_every` steps the masks are settled by a propagated walk, and the best settled plan wins.
 
     Ours; no paper. The trials use unstructured Wanda masks whatever the cell's pruner and pattern are. The text is the
-    cell's calibration and held-out text, never the test set. Gradients of all matrices are held at once, beside the
-    dense weights and their ranks: some five times the memory of the weights, and the activations of `batch` windows.
+    cell's calibration and held-out text, never the test set. On the device lie the pruned weights and a rank of 16 bits
+    for each of them; gradients exist one matrix at a time, the dense weights on the host.
 
     Attributes:
         start: the allocator to start from.
@@ -78,46 +77,42 @@ class Equimarginal:
         if not 0 <= self.momentum < 1:
             raise UsageError("momentum is a share", got=self.momentum, allowed="0 <= momentum < 1")
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        if wanted > HIGH:
-            raise UsageError(
-                "The descent moves sparsity between layers", got=f"sparsity={wanted}", allowed=f"<= {HIGH}"
-            )
-        self.start.check(wanted, num_blocks)
-
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
-        plan = self.start.allocate(layers, wanted, context)
-        with context.screen(self.windows) as screen:
-            return self._descend(plan, layers, wanted, context, screen)
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
+        start = self.start.profile(layers, sparsity, context)
+        with context.proxy(self.windows) as proxy:
+            return self._descend(start, layers, sparsity, context, proxy)
 
     def _descend(
-        self, plan: SparsityPlan, layers: LayerTable, wanted: float, context: Context, screen: Screen
-    ) -> SparsityPlan:
-        text, rng, began = context.heldout_tokens(None), np.random.default_rng(context.seed), time.perf_counter()
+        self, profile: Profile, layers: LayerTable, sparsity: float, context: Context, proxy: Proxy
+    ) -> Profile:
+        text, rng, began = context.heldout_inputs(), np.random.default_rng(context.seed), time.perf_counter()
         direction = np.zeros(len(layers))
-        best, best_loss, log = plan, math.inf, []
+        plan = profile.fitted(layers, sparsity)
+        best, best_loss, log = profile, math.inf, []
+        context.progress("step", 0, self.steps + 1)
         for step in range(self.steps + 1):
             if step % self.settle_every == 0 or step == self.steps:
-                screen.settle(plan.sparsities())
-                loss = screen.loss(text)
+                proxy.settle(plan.sparsities())
+                loss = proxy.loss(text)
                 log.append(_trial(step, loss, time.perf_counter() - began))
                 if loss < best_loss:
-                    best, best_loss = plan, loss
+                    best, best_loss = profile, loss
             if step < self.steps:
-                costs = self._costs(screen, _draw(text, self.batch, rng), layers)
+                costs = self._costs(proxy, _draw(text, self.batch, rng), layers)
                 direction = self.momentum * direction + (1 - self.momentum) * costs
                 rate = self.rate * 0.8 ** (3 * step // self.steps)
-                plan = moved(plan, direction, rate, layers, wanted)
-                screen.apply(plan.sparsities())
-            context.progress(step + 1, self.steps + 1)
+                profile = moved(plan, direction, rate, layers)
+                plan = profile.fitted(layers, sparsity)
+                proxy.apply(plan.sparsities())
+            context.progress("step", step + 1, self.steps + 1)
         if not math.isfinite(best_loss):
             raise NumericsError("No step of the descent gave a finite perplexity", got=log, fix="a lower sparsity")
-        return SparsityPlan(best.targets, best.ledger, tuple(log), {"heldout_perplexity": math.exp(best_loss)})
+        return replace(best, trials=tuple(log), notes={"heldout_perplexity": math.exp(best_loss)})
 
-    def _costs(self, screen: Screen, text: Tensor, layers: LayerTable) -> Float[ndarray, " layers"]:
+    def _costs(self, proxy: Proxy, text: Inputs, layers: LayerTable) -> Float[ndarray, " layers"]:
         """Marginal cost of a zero in every layer, less the mean over all weights."""
-        found = screen.marginal_costs(text, self.band)
-        costs = np.array([found[layer.name] for layer in layers])
+        by_layer = proxy.marginal_costs(text, self.band)
+        costs = np.array([by_layer[layer.name] for layer in layers])
         sizes = np.array([layer.numel for layer in layers], dtype=float)
         if self.groups == "block":
             block = np.unique([layer.block for layer in layers], return_inverse=True)[1]
@@ -125,18 +120,16 @@ class Equimarginal:
         return costs - (costs * sizes).sum() / sizes.sum()
 
 
-def moved(
-    plan: SparsityPlan, direction: Float[ndarray, " layers"], rate: float, layers: LayerTable, wanted: float
-) -> SparsityPlan:
-    """The plan one step against `direction`, whose mean absolute value is taken as one, at the same budget."""
+def moved(plan: SparsityPlan, direction: Float[ndarray, " layers"], rate: float, layers: LayerTable) -> Profile:
+    """The plan one step against `direction`, whose mean absolute value is taken as one."""
     unit = direction / (np.abs(direction).mean() or 1.0)
     step = rate * np.clip(unit, -LONGEST, LONGEST)
     now = plan.sparsities()
-    return fit_plan(layers, {x.name: now[x.name] - float(s) for x, s in zip(layers, step, strict=True)}, wanted)
+    return Profile({x.name: now[x.name] - float(s) for x, s in zip(layers, step, strict=True)})
 
 
-def _draw(text: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-    return text[rng.choice(len(text), size=min(count, len(text)), replace=False)]
+def _draw(text: Inputs, count: int, rng: np.random.Generator) -> Inputs:
+    return text.take(rng.choice(len(text), size=min(count, len(text)), replace=False).tolist())
 
 
 def _trial(step: int, loss: float, seconds: float) -> dict[str, float | None]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from sparsify.allocators.base import Context
-from sparsify.allocators.budget import fit_plan
+from sparsify.allocators.base import Allocator
+from sparsify.allocators.profile import Profile
 from sparsify.errors import BudgetError
-from sparsify.types import LayerSpec, LayerTable, SparsityPlan
+from sparsify.types import LayerSpec, LayerTable
+
+if TYPE_CHECKING:
+    from sparsify.allocators.context import Context
 
 
 @dataclass(frozen=True)
-class ErdosRenyi:
+class ErdosRenyi(Allocator):
     """Density eps (n_in + n_out) / (n_in n_out), with one eps for all layers that meets the budget.
 
     Source: Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity" (arXiv
@@ -24,13 +27,10 @@ class ErdosRenyi:
 
     dense_last: ClassVar[bool] = False
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        """Any sparsity below one is fine."""
-
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
-        dense = {layers.layers[-1].name} if self.dense_last and wanted else set()
-        densities = er_densities(layers, wanted, dense)
-        return fit_plan(layers, {name: 1 - value for name, value in densities.items()}, wanted, high=1.0)
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
+        dense = {layers.layers[-1].name} if self.dense_last else set()
+        densities = er_densities(layers, sparsity, dense)
+        return Profile({name: 1 - value for name, value in densities.items()}, high=1.0)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ErdosRenyiPlus(ErdosRenyi):
     dense_last: ClassVar[bool] = True
 
 
-def er_densities(layers: LayerTable, wanted: float, dense: set[str]) -> dict[str, float]:
+def er_densities(layers: LayerTable, sparsity: float, dense: set[str]) -> dict[str, float]:
     """Density of every layer; those in `dense` and those that would exceed one are held at one.
 
     Raises:
@@ -55,12 +55,12 @@ def er_densities(layers: LayerTable, wanted: float, dense: set[str]) -> dict[str
     held = set(dense)
     while True:
         free = [x for x in layers if x.name not in held]
-        left = (1 - wanted) * layers.numel - sum(x.numel for x in layers if x.name in held)
+        left = (1 - sparsity) * layers.numel - sum(x.numel for x in layers if x.name in held)
         if left < 0:
             most = sum(x.numel for x in free) / layers.numel
             raise BudgetError(
                 f"More stays dense than this sparsity keeps: {', '.join(sorted(held))}",
-                got=f"sparsity={wanted:g}",
+                got=f"sparsity={sparsity:g}",
                 allowed=f"sparsity <= {most:.4g}",
                 fix="allocator=er, or a lower sparsity",
             )

@@ -8,17 +8,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsify.allocators.base import Context, outlier_plan
+from sparsify.allocators.base import Allocator, outlier_profile
+from sparsify.allocators.context import Context
+from sparsify.allocators.profile import Profile
 from sparsify.errors import UsageError
-from sparsify.model.statistics import LayerStats
-from sparsify.types import LayerTable, SparsityPlan
+from sparsify.model.statistics import GRAM, LayerStats
+from sparsify.types import LayerTable
 
 BETAS = {10: 0.06, 20: 0.02, 30: 0.04, 40: 0.02, 50: 0.04, 60: 0.10, 70: 0.15, 80: 0.12}
 """The release's beta by percent of sparsity."""
 
 
 @dataclass(frozen=True)
-class LSA:
+class LSA(Allocator):
     """Keep ratios linear in 1 - E / (sum of E), where E is a block's minimal linear reconstruction error at 50%.
 
     Source: Yang et al., "LSA: Layer-wise Sparsity Allocation ... Based on Minimal Linear Reconstruction Error" (ICLR
@@ -57,30 +59,27 @@ class LSA:
                 allowed="0 < share < 1, group >= 2",
             )
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        """Nothing to refuse before the statistics are known."""
-
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
         errors = context.once(("lsa", self.share, self.group), lambda: self._errors(context))
         total = sum(errors)
-        beta = released_beta(wanted) if self.beta == "auto" else float(self.beta)
+        beta = released_beta(sparsity) if self.beta == "auto" else float(self.beta)
         importance = [1 - error / total for error in errors]
-        return outlier_plan(layers, importance, 2 * beta, wanted, {"reconstruction_error": errors, "beta": beta})
+        return outlier_profile(layers, importance, 2 * beta, sparsity, {"reconstruction_error": errors, "beta": beta})
 
     @torch.no_grad()
     def _errors(self, context: Context) -> list[float]:
         weights = context.weights()
         means = []
-        for stats in context.dense_blocks(frozenset({"gram"})):
+        for stats in context.stats_by_block(frozenset({GRAM})):
             errors = [minimal_error(w, gram, self.share, self.group) for w, gram in _by_input(stats, weights)]
             means.append(torch.stack(errors).sum() / len(stats))
-        found: list[float] = torch.stack(means).tolist()
-        return found
+        by_block: list[float] = torch.stack(means).tolist()
+        return by_block
 
 
-def released_beta(wanted: float) -> float:
+def released_beta(sparsity: float) -> float:
     """The release's beta for a sparsity: that of the whole tenth below it, 10% to 80%."""
-    return BETAS[min(max(int(10 * wanted + 1e-9), 1), 8) * 10]
+    return BETAS[min(max(int(10 * sparsity + 1e-9), 1), 8) * 10]
 
 
 def _by_input(stats: Mapping[str, LayerStats], weights: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -89,9 +88,7 @@ def _by_input(stats: Mapping[str, LayerStats], weights: Mapping[str, Tensor]) ->
     for name, item in stats.items():
         names.setdefault(id(item), []).append(name)
     for shared in names.values():
-        gram = stats[shared[0]].gram
-        assert gram is not None
-        yield torch.cat([weights[name] for name in shared]), gram
+        yield torch.cat([weights[name] for name in shared]), stats[shared[0]].gram
 
 
 def minimal_error(

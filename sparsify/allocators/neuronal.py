@@ -1,14 +1,20 @@
 """NeuronAL: a linear schedule over depth, chosen so that the activations stay aligned with the dense model's."""
 
-from __future__ import annotations
-
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from sparsify.allocators.base import Context, outlier_mapping
-from sparsify.allocators.budget import fit_plan
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsify.allocators.base import Allocator, outlier_mapping
+from sparsify.allocators.budget import HIGH
+from sparsify.allocators.context import Context
+from sparsify.allocators.profile import Profile, by_block
 from sparsify.errors import NumericsError, UsageError
+from sparsify.model.statistics import NORM
 from sparsify.types import LayerTable, SparsityPlan
 
 GRID = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.10, 0.12, 0.15, 0.20, 0.25)
@@ -16,7 +22,7 @@ GRID = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.10, 0.12, 0.15, 
 
 
 @dataclass(frozen=True)
-class NeuronAL:
+class NeuronAL(Allocator):
     """Sparsity rising linearly from S - lam to S + lam, with the lam that moves the activations least.
 
     Source: Cunegatti et al., "Zeroth-Order Adaptive Neuron Alignment Based Pruning without Re-Training" (arXiv
@@ -44,40 +50,64 @@ class NeuronAL:
         if self.windows < 1:
             raise UsageError("The search needs calibration windows", got=self.windows, fix="allocator.windows=8")
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        """Any schedule is held within [0, 0.99]."""
-
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
         if self.lam != "auto":
-            return schedule(layers, float(self.lam), wanted)
-        plans = {lam: schedule(layers, lam, wanted) for lam in legal_grid(wanted)}
+            return schedule(layers, float(self.lam), sparsity)
+        profiles = {lam: schedule(layers, lam, sparsity) for lam in legal_grid(sparsity)}
         shifts: dict[float, float] = {}
-        for lam, plan in plans.items():
-            shifts[lam] = activation_shift(context, plan, self.windows)
-            context.progress(len(shifts), len(plans))
+        context.progress("trial", 0, len(profiles))
+        for lam, profile in profiles.items():
+            shifts[lam] = activation_shift(context, profile.fitted(layers, sparsity, context.pattern), self.windows)
+            context.progress("trial", len(shifts), len(profiles))
         finite = {lam: shift for lam, shift in shifts.items() if math.isfinite(shift)}
         if not finite:
             raise NumericsError("No schedule leaves the activations finite", got=shifts, fix="a lower sparsity")
         best = min(finite, key=finite.__getitem__)
         trials = tuple({"lam": lam, "activation_shift": finite.get(lam)} for lam in shifts)
-        return SparsityPlan(plans[best].targets, plans[best].ledger, trials, {"lam": best})
+        return replace(profiles[best], trials=trials, notes={"lam": best})
 
 
-def legal_grid(wanted: float) -> list[float]:
+def legal_grid(sparsity: float) -> list[float]:
     """The schedules of the search that stay within [0, 1]; uniform where none does."""
-    return [lam for lam in GRID if lam <= min(wanted, 1 - wanted) + 1e-9] or [0.0]
+    return [lam for lam in GRID if lam <= min(sparsity, 1 - sparsity) + 1e-9] or [0.0]
 
 
-def schedule(layers: LayerTable, lam: float, wanted: float) -> SparsityPlan:
+def schedule(layers: LayerTable, lam: float, sparsity: float) -> Profile:
     """Sparsities rising in equal steps from block to block, `2 lam` from first to last."""
-    by_block = outlier_mapping([-float(i) for i in range(layers.num_blocks)], 2 * lam, wanted)
-    return fit_plan(layers, layers.spread(by_block), wanted, high=max(0.99, wanted))
+    values = outlier_mapping([-float(i) for i in range(layers.num_blocks)], 2 * lam, sparsity)
+    return by_block(layers, values, high=max(HIGH, sparsity))
 
 
 def activation_shift(context: Context, plan: SparsityPlan, windows: int) -> float:
     """How far pruning moves the normalised activations, summed over layers; the score that is minimised."""
     moved = [
         (before / before.sum() - after / after.sum()).norm() / before.numel()
-        for before, after in context.input_norms(plan, windows)
+        for before, after in input_norms(context, plan, windows)
     ]
     return float(sum(value.double().cpu() for value in moved))
+
+
+@torch.no_grad()
+def input_norms(
+    context: Context, plan: SparsityPlan, windows: int
+) -> Iterator[tuple[Float[Tensor, " inp"], Float[Tensor, " inp"]]]:
+    """||X_j|| of every layer's input before and after its block is pruned by `plan`, all earlier blocks pruned.
+
+    One walk; each block is pruned as in the propagated regime, observed again, and put back.
+
+    Raises:
+        UsageError: this context has no pruner.
+    """
+    if context.pruner is None:
+        raise UsageError("This allocator prunes on trial, and the context has no pruner", fix="use sparsify.prune")
+    walk, view = context.walk(windows), context.view
+    for block in range(len(view.blocks)):
+        layers = view.layers_of(block)
+        before = walk.observe(block, context.pruner.needs | {NORM})
+        pruned = {
+            x.spec.name: context.pruner.prune(x.weight, before[x.spec.name], plan.targets[x.spec.name]).weight
+            for x in layers
+        }
+        with view.replaced(block, pruned):
+            after = walk.observe(block, frozenset({NORM}), advance=True)
+        yield from ((before[x.spec.name].norm, after[x.spec.name].norm) for x in layers)

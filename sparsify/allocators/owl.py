@@ -7,15 +7,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsify.allocators.base import Context, outlier_plan
-from sparsify.allocators.budget import fit_plan
+from sparsify.allocators.base import Allocator, outlier_profile
+from sparsify.allocators.context import Context
+from sparsify.allocators.profile import Profile
 from sparsify.allocators.scores import mean_of, wanda_by_block
 from sparsify.errors import UsageError
-from sparsify.types import LayerTable, SparsityPlan
+from sparsify.types import LayerTable
 
 
 @dataclass(frozen=True)
-class OWL:
+class OWL(Allocator):
     """Keep ratios linear in the share of Wanda scores above M times their block's mean.
 
     Source: Yin et al., "Outlier Weighed Layerwise Sparsity" (arXiv 2310.05175), Eq. 1-2, by the released code: the
@@ -41,16 +42,11 @@ class OWL:
                 allowed="M > 0, 0 <= lam < 0.5",
             )
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        """Nothing to refuse before the statistics are known."""
-
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
-        if wanted == 0:
-            return fit_plan(layers, {layer.name: 0.0 for layer in layers}, 0.0)
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
         ratios = context.once(
             ("owl", self.M), lambda: wanda_by_block(layers, context, partial(outlier_percent, multiple=self.M))
         )
-        return outlier_plan(layers, ratios, 2 * self.lam, wanted, {"outlier_percent": ratios})
+        return outlier_profile(layers, ratios, 2 * self.lam, sparsity, {"outlier_percent": ratios})
 
 
 def outlier_percent(scores: list[Float[Tensor, "_ _"]], multiple: float) -> Float[Tensor, ""]:

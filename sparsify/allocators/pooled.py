@@ -8,18 +8,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsify.allocators.base import Context
-from sparsify.allocators.budget import fit_plan
+from sparsify.allocators.base import Allocator
+from sparsify.allocators.context import Context
+from sparsify.allocators.profile import Profile
 from sparsify.allocators.scores import wanda_by_layer
 from sparsify.errors import UsageError
-from sparsify.types import LayerTable, SparsityPlan
+from sparsify.types import LayerTable
 
 Scores = Iterable[tuple[str, Tensor]]
 """Layer names with their scores, non-negative fp32, made one layer at a time."""
 
 
 @dataclass(frozen=True)
-class Global:
+class Global(Allocator):
     """The lowest scores of all layers together go; a layer's sparsity is its share of them.
 
     Source: ATP (arXiv 2502.14770), Table 14, which compares with it; the rule is that of Frankle and Carbin (arXiv
@@ -39,14 +40,12 @@ class Global:
         if self.score not in ("wanda", "magnitude"):
             raise UsageError("Unknown score", got=self.score, allowed="wanda, magnitude")
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        """Any sparsity below one is fine."""
-
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
-        profile = context.once(
-            ("global", self.score, wanted), lambda: shares_below(layers, lambda: self._scores(layers, context), wanted)
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
+        values = context.once(
+            ("global", self.score, sparsity),
+            lambda: shares_below(layers, lambda: self._scores(layers, context), sparsity),
         )
-        return fit_plan(layers, profile, wanted, high=1.0)
+        return Profile(values, high=1.0)
 
     def _scores(self, layers: LayerTable, context: Context) -> Scores:
         if self.score == "wanda":
@@ -55,7 +54,7 @@ class Global:
 
 
 @dataclass(frozen=True)
-class LAMP:
+class LAMP(Allocator):
     """One threshold over magnitudes that are scaled by what is left of their layer.
 
     Source: Lee et al., "Layer-Adaptive Sparsity for the Magnitude-based Pruning" (arXiv 2010.07611), Eq. 5:
@@ -67,15 +66,12 @@ class LAMP:
 
     version: int = 1
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        """Any sparsity below one is fine."""
-
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
         def scores() -> Scores:
             return ((name, lamp_scores(weight)) for name, weight in context.weights().items())
 
-        profile = context.once(("lamp", wanted), lambda: shares_below(layers, scores, wanted))
-        return fit_plan(layers, profile, wanted, high=1.0)
+        values = context.once(("lamp", sparsity), lambda: shares_below(layers, scores, sparsity))
+        return Profile(values, high=1.0)
 
 
 def lamp_scores(weight: Float[Tensor, "out inp"]) -> Float[Tensor, " n"]:
@@ -86,14 +82,14 @@ def lamp_scores(weight: Float[Tensor, "out inp"]) -> Float[Tensor, " n"]:
     return torch.where(left > 0, squares / left, left).float()
 
 
-def shares_below(layers: LayerTable, scores: Callable[[], Scores], wanted: float) -> dict[str, float]:
-    """Share of each layer's scores among the `wanted` share of lowest scores of all layers.
+def shares_below(layers: LayerTable, scores: Callable[[], Scores], sparsity: float) -> dict[str, float]:
+    """Share of each layer's scores among the `sparsity` share of lowest scores of all layers.
 
     Two passes of a radix selection: non-negative fp32 numbers are ordered like their bits, so counting the upper and
     then the lower half of the bits finds the threshold exactly, with one layer's scores in memory at a time. Scores
     that equal the threshold are shared out in proportion.
     """
-    rank = round(wanted * layers.numel)
+    rank = round(sparsity * layers.numel)
     upper = {name: torch.bincount(_bits(s) >> 16, minlength=1 << 15).cpu() for name, s in scores()}
     edge, before = _bin_of(upper, rank)
     lower = {name: _count_low_bits(_bits(s), edge) for name, s in scores()}

@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sparsify.allocators.base import Context
+from sparsify.allocators.context import Context
+from sparsify.model.statistics import NORM
 from sparsify.pruners.wanda import wanda_scores
 from sparsify.types import LayerSpec, LayerTable
 
 
 def wanda_by_layer(layers: LayerTable, context: Context) -> Iterator[tuple[LayerSpec, Tensor]]:
     """|W| * ||X|| of every layer on the dense model's inputs, [out, inp], in the order of the table."""
-    weights, stats = context.weights(), context.dense_stats(frozenset({"norm"}))
+    weights, stats = context.weights(), context.stats(frozenset({NORM}))
     for layer in layers:
         yield layer, wanda_scores(weights[layer.name], stats[layer.name].norm)
 
@@ -27,8 +28,8 @@ def wanda_by_block(layers: LayerTable, context: Context, reduce: Callable[[list[
         if layer.name == last[layer.block]:
             values.append(reduce(held))
             held = []
-    found: list[float] = torch.stack(values).tolist()
-    return found
+    reduced: list[float] = torch.stack(values).tolist()
+    return reduced
 
 
 def mean_of(scores: list[Tensor]) -> Tensor:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sparsify.allocators.arithmetic import beta_grid, legal_maximum
-from sparsify.allocators.base import Allocator, Context
+from sparsify.allocators.base import Allocator
+from sparsify.allocators.profile import Profile
 from sparsify.allocators.searching import Searching, rule_profiles
 from sparsify.allocators.uniform import Uniform
 from sparsify.errors import UsageError
 from sparsify.search import spaces
-from sparsify.types import LayerTable, SparsityPlan
+from sparsify.types import LayerTable
+
+if TYPE_CHECKING:
+    from sparsify.allocators.context import Context
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search(Searching):
+class Search(Searching, Allocator):
     """Choose beta, or the sparsity of every block or matrix, by trial on held-out text.
 
     Sources: ATP (arXiv 2502.14770), Algorithm 1 (`space=beta, algorithm=grid`) and its Bayesian control (Table 6:
@@ -49,18 +53,12 @@ class Search(Searching):
         if not self.rules:
             raise UsageError("A search starts from at least one rule", fix="leave `rules` as it is")
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        self.check_budget(wanted)
-        for rule in self.rules.values():
-            rule.check(wanted, num_blocks)
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
+        return self.best_profile(layers, sparsity, context, self._space(layers, sparsity, context))
 
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
-        self.check(wanted, layers.num_blocks)
-        return self.best_plan(layers, wanted, context, self._space(layers, wanted, context))
-
-    def _space(self, layers: LayerTable, wanted: float, context: Context) -> spaces.Space:
+    def _space(self, layers: LayerTable, sparsity: float, context: Context) -> spaces.Space:
         if self.space == "beta":
-            limit = legal_maximum(wanted, layers.num_blocks) if layers.num_blocks > 1 else 0.0
-            return spaces.progressions(layers, wanted, limit, beta_grid(wanted, layers.num_blocks, self.step))
-        starts = rule_profiles(self.rules, layers, wanted, context)
+            limit = legal_maximum(sparsity, layers.num_blocks) if layers.num_blocks > 1 else 0.0
+            return spaces.progressions(layers, sparsity, limit, beta_grid(sparsity, layers.num_blocks, self.step))
+        starts = rule_profiles(self.rules, layers, sparsity, context)
         return spaces.groups(layers, self.space, starts, self.reach)

@@ -1,28 +1,29 @@
-"""What allocators with a search share: try plans on a screen, log every trial, run the best again in full."""
+"""What allocators with a search share: try plans on a proxy, log every trial, run the best again in full."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 from scipy.stats import spearmanr
 
-from sparsify.allocators.base import Allocator, Context, finite_or_none
-from sparsify.allocators.budget import fit_plan
+from sparsify.allocators.base import Allocator, allocate, finite_or_none
+from sparsify.allocators.profile import Profile
 from sparsify.errors import NumericsError, UsageError
 from sparsify.search.algorithms import ALGORITHMS
 from sparsify.search.spaces import Space
-from sparsify.types import LayerTable, SparsityPlan, check_whole
+from sparsify.types import LayerTable, check_whole
+
+if TYPE_CHECKING:
+    from sparsify.allocators.context import Context
 
 Trial = dict[str, float | None]
-HIGH = 0.99
-"""No layer is pruned beyond this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +32,10 @@ class Searching:
 
     Attributes:
         algorithm: one of `search.algorithms`.
-        trials: plans tried on the screen.
-        statistics: of the screen's masks. `dense`: ranks of the dense model, milliseconds a trial. `propagated`: a
+        trials: plans tried on the proxy.
+        statistics: of the proxy's masks. `dense`: ranks of the dense model, milliseconds a trial. `propagated`: a
             pruning walk for every trial, as the cell itself does it.
-        windows: calibration windows of the screen; None for all.
+        windows: calibration windows of the proxy; None for all.
         heldout: held-out windows a trial is scored on; None for all.
         finalists: plans that are run again in full (the cell's pruner, all windows) to choose the winner: the better
             half of them are the best trials, the others are spread over all trials to show how the two rankings agree.
@@ -55,49 +56,47 @@ class Searching:
         for name, least in {"trials": 2, "finalists": 2, "windows": 1, "heldout": 1}.items():
             check_whole(name, getattr(self, name), least, or_null=name in ("windows", "heldout"))
 
-    def check_budget(self, wanted: float) -> None:
-        """Refuse a budget that leaves no room between the bounds of a layer.
-
-        Raises:
-            UsageError: more zeros than the bound of a layer, 0.99.
-        """
-        if wanted > HIGH:
-            raise UsageError("A search moves sparsity between layers", got=f"sparsity={wanted}", allowed=f"<= {HIGH}")
-
-    def best_plan(self, layers: LayerTable, wanted: float, context: Context, space: Space) -> SparsityPlan:
+    def best_profile(self, layers: LayerTable, sparsity: float, context: Context, space: Space) -> Profile:
         """The finalist with the lowest held-out perplexity, with the log of all trials and how the rankings agree."""
-        log, plans = self._screened(layers, wanted, context, space)
+        log, profiles = self._tried(layers, sparsity, context, space)
         order = sorted(range(len(log)), key=lambda i: _or_infinite(log[i]["heldout_perplexity"]))
-        rerun = {i: finite_or_none(context, plans[i]) for i in self._chosen(order)}
+        chosen = self._chosen(order)
+        rerun: dict[int, float | None] = {}
+        context.progress("finalist", 0, len(chosen))
+        for i in chosen:
+            rerun[i] = finite_or_none(context, profiles[i].fitted(layers, sparsity))
+            context.progress("finalist", len(rerun), len(chosen))
         best = min(rerun, key=lambda i: _or_infinite(rerun[i]))
         if rerun[best] is None:
             raise NumericsError("No plan of the search gave a finite perplexity", got=rerun, fix="a lower sparsity")
         finalists = [{"trial": i, "screened": log[i]["heldout_perplexity"], "full": full} for i, full in rerun.items()]
         notes = {"finalists": finalists, "rank_correlation": _agreement(finalists)}
-        return SparsityPlan(plans[best].targets, plans[best].ledger, tuple(log), notes)
+        return replace(profiles[best], trials=tuple(log), notes=notes)
 
-    def _screened(
-        self, layers: LayerTable, wanted: float, context: Context, space: Space
-    ) -> tuple[list[Trial], list[SparsityPlan]]:
+    def _tried(
+        self, layers: LayerTable, sparsity: float, context: Context, space: Space
+    ) -> tuple[list[Trial], list[Profile]]:
+        """Every trial of the search on a proxy of the model, and what it tried."""
         log: list[Trial] = []
-        plans: list[SparsityPlan] = []
-        text, start = context.heldout_tokens(self.heldout), time.perf_counter()
-        with context.screen(self.windows) as screen:
+        profiles: list[Profile] = []
+        text, start = context.heldout_inputs(self.heldout), time.perf_counter()
+        context.progress("trial", 0, self.trials)
+        with context.proxy(self.windows) as proxy:
             if self.statistics == "dense":
-                screen.settle(dict.fromkeys((layer.name for layer in layers), 0.0))
-            prune = screen.apply if self.statistics == "dense" else screen.settle
+                proxy.settle(dict.fromkeys((layer.name for layer in layers), 0.0))
+            prune = proxy.apply if self.statistics == "dense" else proxy.settle
 
             def objective(point: Float[ndarray, " dim"]) -> float:
-                plan = fit_plan(layers, space.profile(point), wanted)
-                prune(plan.sparsities())
-                loss = screen.loss(text)
-                plans.append(plan)
+                profile = Profile(space.profile(point))
+                prune(profile.fitted(layers, sparsity).sparsities())
+                loss = proxy.loss(text)
+                profiles.append(profile)
                 log.append({"heldout_perplexity": _perplexity(loss), "seconds": time.perf_counter() - start})
-                context.progress(len(log), self.trials)
+                context.progress("trial", len(log), max(len(log), self.trials))
                 return loss
 
             ALGORITHMS[self.algorithm](objective, space, self.trials, np.random.default_rng(context.seed))
-        return log, plans
+        return log, profiles
 
     def _chosen(self, order: list[int]) -> list[int]:
         """The best trials, and as many spread evenly over the ranking of the rest."""
@@ -125,7 +124,7 @@ def _or_infinite(value: float | None) -> float:
 
 
 def rule_profiles(
-    rules: Mapping[str, Allocator], layers: LayerTable, wanted: float, context: Context
+    rules: Mapping[str, Allocator], layers: LayerTable, sparsity: float, context: Context
 ) -> list[dict[str, float]]:
     """What each rule would do, as sparsity by layer name."""
-    return [rule.allocate(layers, wanted, context).sparsities() for rule in rules.values()]
+    return [allocate(rule, layers, sparsity, context).sparsities() for rule in rules.values()]

@@ -8,14 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsify.allocators.base import Context
-from sparsify.allocators.budget import as_is_plan, fit_plan, scale
+from sparsify.allocators.base import Allocator
+from sparsify.allocators.budget import scale
+from sparsify.allocators.context import Context
+from sparsify.allocators.profile import Profile
 from sparsify.errors import NumericsError, UsageError
-from sparsify.types import LayerTable, SparsityPlan
+from sparsify.types import LayerTable
 
 
 @dataclass(frozen=True)
-class AlphaPruning:
+class AlphaPruning(Allocator):
     """Sparsity linear in the block's mean power-law exponent, scaled to the budget.
 
     Source: Lu et al., "AlphaPruning" (arXiv 2410.10912), Eq. 3-4, by the released code: phi = min-max of alpha
@@ -46,37 +48,31 @@ class AlphaPruning:
         if self.mapping not in ("block", "layer"):
             raise UsageError("Unknown mapping", got=self.mapping, allowed="block, layer")
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        """Nothing to refuse before the spectra are known."""
-
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
         alphas = context.once(("alpha", self.estimator), lambda: self._alphas(context), of_weights=True)
-        signal = alphas if self.mapping == "layer" else _block_means(layers, alphas)
-        profile = spectral_profile(layers, signal, self.tau, wanted)
-        if not self.clip:
-            plan = as_is_plan(layers, profile, wanted)
-        else:
-            plan = fit_plan(layers, profile, wanted, adjust=scale)
-        return SparsityPlan(plan.targets, plan.ledger, notes={"alpha": alphas})
+        signal = alphas if self.mapping == "layer" else block_means(layers, alphas)
+        values = spectral_profile(layers, signal, self.tau, sparsity)
+        return Profile(values, adjust=scale, exact=self.clip, notes={"alpha": alphas})
 
     def _alphas(self, context: Context) -> dict[str, float]:
         estimate = ESTIMATORS[self.estimator]
         return {name: estimate(spectrum(weight)) for name, weight in context.weights().items()}
 
 
-def _block_means(layers: LayerTable, alphas: dict[str, float]) -> dict[str, float]:
+def block_means(layers: LayerTable, alphas: dict[str, float]) -> dict[str, float]:
+    """The mean exponent of a layer's block, by layer name."""
     by_block: dict[int, list[float]] = {}
     for layer in layers:
         by_block.setdefault(layer.block, []).append(alphas[layer.name])
     return {layer.name: sum(by_block[layer.block]) / len(by_block[layer.block]) for layer in layers}
 
 
-def spectral_profile(layers: LayerTable, signal: dict[str, float], tau: float, wanted: float) -> dict[str, float]:
+def spectral_profile(layers: LayerTable, signal: dict[str, float], tau: float, sparsity: float) -> dict[str, float]:
     """Eta * phi for every layer, not clipped; a constant signal gives the uniform allocation."""
     low, high = min(signal.values()), max(signal.values())
     span = (high - low) or 1.0
     phi = {x.name: (signal[x.name] - low) / span * 2 * tau + 1 - tau for x in layers}
-    eta = wanted * layers.numel / sum(phi[x.name] * x.numel for x in layers)
+    eta = sparsity * layers.numel / sum(phi[x.name] * x.numel for x in layers)
     return {name: eta * value for name, value in phi.items()}
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from sparsify.allocators.base import Context
-from sparsify.allocators.budget import fit_plan
-from sparsify.types import LayerTable, SparsityPlan
+from sparsify.allocators.base import Allocator
+from sparsify.allocators.profile import Profile
+from sparsify.types import LayerTable
+
+if TYPE_CHECKING:
+    from sparsify.allocators.context import Context
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Allocator):
     """s_i = S for every layer."""
 
     version: int = 1
 
-    def check(self, wanted: float, num_blocks: int) -> None:
-        """Any sparsity below one is fine."""
-
-    def allocate(self, layers: LayerTable, wanted: float, context: Context) -> SparsityPlan:
-        return fit_plan(layers, {layer.name: wanted for layer in layers}, wanted, high=1.0)
+    def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
+        return Profile({layer.name: sparsity for layer in layers}, high=1.0)

@@ -1,7 +1,7 @@
 """Follow what becomes of a disturbance of one block, down to the last block."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -11,11 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparsify.analysis.perturbation import Run, Source
+from sparsify.data.inputs import Inputs, as_inputs
 from sparsify.errors import NumericsError, UsageError
 from sparsify.model.blocks import BlockView
-from sparsify.model.loss import batch_size_for
+from sparsify.model.objective import batch_size_for
 from sparsify.model.statistics import full_precision
 from sparsify.model.walk import Walk
+from sparsify.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,13 @@ class Drift:
 @torch.no_grad()
 def drift(
     view: BlockView,
-    tokens: Int[Tensor, "n seq"],
+    inputs: Inputs | Int[Tensor, "n seq"],
     source: Source,
     *,
     blocks: tuple[int, ...] | None = None,
     seeds: int = 1,
     batch_size: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Drift:
     """Disturb each block in turn and compare with the clean run at every later block; one pass over the text.
 
@@ -85,11 +87,11 @@ def drift(
 
     Args:
         view: the dense model; its weights and hooks are what they were when this returns or raises.
-        tokens: token ids, [n, seqlen].
+        inputs: what is run through the model, or token ids [n, seqlen].
         source: the disturbance.
         blocks: blocks to disturb; None for all.
         seeds: draws of the noise, numbered from 0.
-        batch_size: windows per forward; None picks one for the device.
+        batch_size: samples per forward; None picks one for the device.
         progress: told after each block.
 
     Raises:
@@ -102,9 +104,10 @@ def drift(
     injected = tuple(range(total)) if blocks is None else tuple(sorted(set(blocks)))
     if not injected or not 0 <= injected[0] <= injected[-1] < total:
         raise UsageError("No such block", got=blocks, allowed=f"0 to {total - 1}")
-    found = _Measures.blank(len(injected), total, seeds, tokens.shape, view.device)
+    inputs = as_inputs(inputs)
+    measures = _Measures.blank(len(injected), total, seeds, (len(inputs), inputs.length), view.device)
     with full_precision():
-        walk = Walk(view, tokens, batch_size or batch_size_for(view.device, tokens.shape[1])).to(dtype)
+        walk = Walk(view, inputs, batch_size or batch_size_for(view.device, inputs.length)).to(dtype)
         copies: dict[tuple[int, int], Tensor] = {}
         for block in range(total):
             run = _runner(walk, block)
@@ -115,10 +118,10 @@ def drift(
                 for seed in range(seeds if block in injected else 0):
                     draw = torch.Generator(view.device).manual_seed(seed * total + block)
                     copies[injected.index(block), seed] = source.disturbed(walk, block, run, clean, draw)
-            found.note(block, injected, copies, clean)
+            measures.note(block, injected, copies, clean)
             walk.hidden = clean
-            progress(block + 1, total)
-    return found.drift(injected)
+            progress("block", block + 1, total)
+    return measures.drift(injected)
 
 
 @dataclass

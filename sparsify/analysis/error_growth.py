@@ -10,9 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsify.data.inputs import Inputs
 from sparsify.errors import NumericsError
 from sparsify.model.blocks import BlockView
 from sparsify.model.walk import Walk
+from sparsify.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,12 @@ METRICS = tuple(field.name for field in fields(Growth))
 
 @torch.no_grad()
 def error_growth(
-    view: BlockView, dense: Mapping[str, Tensor], tokens: Int[Tensor, "n seq"], *, batch_size: int | None = None
+    view: BlockView,
+    dense: Mapping[str, Tensor],
+    inputs: Inputs | Int[Tensor, "n seq"],
+    *,
+    batch_size: int | None = None,
+    progress: Progress = silent,
 ) -> Growth:
     """Carry the text through the dense and the pruned model, block by block.
 
@@ -78,13 +85,14 @@ def error_growth(
     Args:
         view: the pruned model; its weights are what they were when this returns or raises.
         dense: the prunable weights as they were, by layer name; everything else is taken to be shared.
-        tokens: token ids, [n, seqlen].
-        batch_size: windows per forward; None picks one for the device.
+        inputs: what is run through both models, or token ids [n, seqlen].
+        batch_size: samples per forward; None picks one for the device.
+        progress: told after each block.
 
     Raises:
         NumericsError: a hidden state is not finite; the message names the block.
     """
-    true = Walk(view, tokens, batch_size)
+    true = Walk(view, inputs, batch_size)
     pruned = _second(true)
     rows = []
     for block in range(len(view.blocks)):
@@ -95,6 +103,7 @@ def error_growth(
         pruned.advance(block)
         rows.append(_compare(true, pruned, mixed, before))
         _check(rows[-1], block)
+        progress("block", block + 1, len(view.blocks))
     return Growth(**{name: torch.stack([row[name] for row in rows]) for name in METRICS})
 
 

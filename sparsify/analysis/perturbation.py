@@ -109,7 +109,7 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Pruned:
+class PrunedBlock:
     """The block really pruned, on statistics of its own clean inputs: a disturbance of pruning's size and shape.
 
     Attributes:
@@ -162,17 +162,17 @@ def branch(block: nn.Module, site: str) -> nn.Module:
         UsageError: the block has no such module, or several.
     """
     words = {"attention": ("attn", "attention"), "mlp": ("mlp", "ffn", "feed_forward")}[site]
-    found = [
+    branches = [
         module
         for name, module in block.named_children()
         if any(word in name.lower() for word in words) and any(isinstance(m, nn.Linear) for m in module.modules())
     ]
-    if len(found) != 1:
+    if len(branches) != 1:
         names = ", ".join(name for name, _ in block.named_children())
         raise UsageError(
             f"The {site} branch of this model's blocks was not found", got=names, fix="site=output, input or weights"
         )
-    return found[0]
+    return branches[0]
 
 
 @contextmanager

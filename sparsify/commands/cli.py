@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sparsify import paths
 from sparsify.errors import HeldError, SparsifyError, UnexpectedError, UsageError
-from sparsify.runs import console, registry
+from sparsify.runs import console, identity, registry
 
 
 def launch(arguments: list[str]) -> int:
@@ -49,7 +49,7 @@ def _task(reported: list[Exception]) -> Callable[[DictConfig], Any]:
             _refuse_preset(config)
             from sparsify.pipeline import run_cell
 
-            return run_cell(config)["key"]
+            return run_cell(identity.plain(config)).key
         except HeldError as error:
             if HydraConfig.get().mode == RunMode.RUN:
                 raise

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from sparsify.commands import cli
 from sparsify.runs import console, labels
-from sparsify.runs.cells import Part, PlannedCell, parts_of
 from sparsify.runs.cost import Costs
+from sparsify.runs.planning import Part, PlannedCell, parts_of
 from sparsify.runs.records import Store
 
 USAGE = """python -m sparsify.plan [table=NAME] [overrides]
@@ -42,7 +42,7 @@ def show(parts: Sequence[Part], table: str | None) -> None:
 
 def expectation(cells: Sequence[PlannedCell]) -> str:
     """`about 5 min on one device`, and how many cells are of a kind that nothing is known of."""
-    records = (record for record in Store(cells[0].config["results"]) if record["status"] == "done")
+    records = (record for record in Store(cells[0].config["results"]) if record.status == "done")
     costs = Costs.of(records)
     known = [s for cell in cells if (s := costs.expected(cell.config, tuple(cell.evaluation_keys))) is not None]
     unknown = len(cells) - len(known)

@@ -11,9 +11,7 @@ from hydra_filter_sweeper import AbstractFilter
 from omegaconf import DictConfig, OmegaConf
 
 from sparsify.commands import cli, plan
-from sparsify.runs import console, identity
-from sparsify.runs.cells import illegal, parts_of
-from sparsify.runs.records import Store
+from sparsify.runs import console, identity, planning
 
 USAGE = """python -m sparsify.sweep [table=NAME] [overrides]
 
@@ -34,7 +32,7 @@ class _CellFilter(AbstractFilter):  # type: ignore[misc]
         return identity.plain(config)
 
     def state(self) -> str:
-        return Store(self.cell["results"]).state(*identity.keys(self.cell))
+        return planning.state_of(self.cell, *identity.keys(self.cell))
 
 
 class Done(_CellFilter):
@@ -61,7 +59,7 @@ class Illegal(_CellFilter):
     """Drops cells outside the allocator's bounds; said aloud unless a table's grid asked for them."""
 
     def filter(self) -> bool:
-        error = illegal(self.cell)
+        error = planning.illegal(self.cell)
         if error is not None and self.cell["sweep"]["of"] is None:
             console.warn(f"skipped: {error.paragraph()}")
         return error is not None
@@ -77,7 +75,7 @@ def run(table: str | None, overrides: list[str]) -> int:
         table: a name under `configs/table`, or None for the one sweep of the overrides.
         overrides: Hydra overrides added to every part.
     """
-    parts = parts_of(table, overrides)
+    parts = planning.parts_of(table, overrides)
     plan.show(parts, table)
     total = sum(len(part.missing) for part in parts)
     code, first, started = 0, 0, time.time()
@@ -86,7 +84,7 @@ def run(table: str | None, overrides: list[str]) -> int:
             progress = [f"sweep.of={total}", f"sweep.first={first}", f"sweep.started={started}"]
             code = max(code, cli.launch(["-m", *part.overrides, *progress]))
             first += len(part.missing)
-    if total and any(part.missing for part in parts_of(table, overrides)):
+    if total and any(part.missing for part in planning.parts_of(table, overrides)):
         # Also true where a launcher ran the cells elsewhere and only their records tell.
         console.say(f"[red]not all cells finished[/]; see: python -m sparsify.plan {f'table={table}' if table else ''}")
         code = max(code, 1)

@@ -1,8 +1,7 @@
-"""Windows of tokens for calibration and evaluation, cut by a named, seeded sampler."""
+"""Windows of tokens for calibration and evaluation, taken from a text by a named, seeded sampler."""
 
-import hashlib
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sparsify.data.corpora import Corpus
+from sparsify.data.inputs import TokenInputs, hash_tokens
 from sparsify.errors import DataError, UsageError
 
 SAMPLERS = ("joined", "document", "random")
@@ -78,8 +78,8 @@ class Windows:
         drawn = {"joined": "", "document": "-drawn", "random": "-random"}[self.sampler]
         return f"{short}{split}@{self.seqlen}{count}{every}{drawn}"
 
-    def cut(self, tokenizer: Any, seed: int) -> "TokenWindows":
-        """Tokenise and cut; the same seed gives the same windows.
+    def inputs(self, tokenizer: Any, seed: int) -> TokenInputs:
+        """Tokenise and take windows; the same seed gives the same ones.
 
         Raises:
             DataError: the text is too short.
@@ -89,7 +89,7 @@ class Windows:
         documents = self.text.texts(self.split)
         draw = {"joined": self._joined, "document": self._drawn, "random": self._placed}[self.sampler]
         tokens = draw(documents, tokenizer, seed)
-        return TokenWindows(tokens, self._provenance(tokens))
+        return TokenInputs(tokens, self.split, self._provenance(tokens))
 
     def _joined(self, documents: list[str], tokenizer: Any, seed: int) -> Int[Tensor, "n seq"]:
         enough = None if self.windows is None else 12 * self.seqlen * (self.offset + self.stride * self.windows)
@@ -138,11 +138,11 @@ class Windows:
             fix="the joined sampler (sampler=joined), or a shorter seqlen",
         )
 
-    def _noise(self, seed: int) -> "TokenWindows":
+    def _noise(self, seed: int) -> TokenInputs:
         """Random ids for a model without tokenizer; only its speed and memory mean anything."""
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(0, 1000, (self.windows or 64, self.seqlen), generator=generator)
-        return TokenWindows(tokens, {"source": "random token ids", "tokens_sha256": hash_tokens(tokens)})
+        return TokenInputs(tokens, self.split, {"source": "random token ids", "tokens_sha256": hash_tokens(tokens)})
 
     def _provenance(self, tokens: Tensor) -> dict[str, Any]:
         return {
@@ -164,45 +164,7 @@ def _first(documents: list[str], characters: int | None) -> list[str]:
     return documents
 
 
-@dataclass(frozen=True)
-class TokenWindows:
-    """Token ids [n, seqlen] with where they come from."""
-
-    tokens: Int[Tensor, "n seq"]
-    provenance: dict[str, Any]
-
-
 def encode(tokenizer: Any, text: str) -> Int[Tensor, " n"]:
     """Token ids with whatever beginning-of-text token the tokenizer adds, as the papers do."""
     # verbose=False: text longer than the model's context is what we cut windows from.
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-
-
-def check_tokens(tokens: Any, least: int, batch_size: int | None) -> None:
-    """Refuse what is not a batch of windows of token ids.
-
-    Raises:
-        UsageError: not an integer tensor, or a batch size below one.
-        DataError: no window, or windows shorter than `least` tokens.
-    """
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
-        kind = str(tokens.dtype) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise UsageError("tokens are ids in a LongTensor", got=kind, allowed="shape [n, seqlen], dtype torch.long")
-    if batch_size is not None and batch_size < 1:
-        raise UsageError("batch_size is a number of windows", got=batch_size, allowed=">= 1, or None to pick one")
-    if tokens.ndim != 2 or len(tokens) == 0 or tokens.shape[1] < least:
-        raise DataError(
-            f"At least one window of at least {least} tokens is needed",
-            got=f"a tensor of shape {tuple(tokens.shape)}",
-            allowed="token ids of shape [n, seqlen]",
-        )
-
-
-def hash_tokens(tokens: Int[Tensor, "n seq"]) -> str:
-    """SHA-256 of token ids as 64-bit integers."""
-    return hashlib.sha256(tokens.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
-
-
-def describe(windows: Windows) -> dict[str, Any]:
-    """The part of a run's identity that names its text."""
-    return {k: v for k, v in asdict(windows).items() if k != "text"} | {"text": windows.text.name}

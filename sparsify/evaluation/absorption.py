@@ -1,7 +1,6 @@
 """Drift and absorption of a disturbance as an evaluation: the curves of `sparsify.analysis` on a choice of windows."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,10 +9,10 @@ from torch import Tensor
 from sparsify.analysis.absorption import Reading, absorption
 from sparsify.analysis.drift import Drift, drift
 from sparsify.analysis.perturbation import Source
+from sparsify.data.inputs import first
 from sparsify.data.windows import Windows
 from sparsify.evaluation.base import Subject
-from sparsify.model.blocks import BlockView
-from sparsify.types import check_whole
+from sparsify.types import Evaluation, Measurement, check_whole
 
 
 @dataclass(frozen=True)
@@ -44,42 +43,41 @@ class AbsorptionCurves:
         check_whole("seeds", self.seeds)
         check_whole("followed", self.followed)
 
-    def evaluate(self, subject: Subject) -> dict[str, Any]:
+    def evaluate(self, subject: Subject) -> Evaluation:
         """`r` (value: geometric mean over all blocks but the last); `more` has the other coefficients by block, how
         large the disturbance is where it is put in (`size`), how it falls, and the drift and the turn (1 - cosine) of
         the followed blocks, with the drift if the disturbance were only handed on; `first_token` is the share of the
         disturbance's squared length that the first token carries.
         """
-        text = subject.cut(self.windows)
-        tokens = text.tokens[: self.limit]
-        found = drift(
-            BlockView(subject.model),
-            tokens,
+        inputs = first(subject.inputs(self.windows), self.limit)
+        drifts = drift(
+            subject.view,
+            inputs,
             self.source,
             seeds=self.seeds,
             batch_size=subject.batch_size,
             progress=subject.progress,
         )
-        read = absorption(found, self.reading)
+        read = absorption(drifts, self.reading)
         inner = read.r[:-1] if len(read.r) > 1 else read.r
-        return {
-            **_curve("r", read.r, read.stderr, value=float(inner.log().mean().exp())),
-            "protocol": f"{self.windows.protocol}, first {len(tokens)}, {self.seeds} draws",
-            "text": text.provenance,
-            "more": [
+        return Evaluation(
+            **_curve("r", read.r, read.stderr, value=float(inner.log().mean().exp())).to_json(),
+            protocol=f"{self.windows.protocol}, first {len(inputs)}, {self.seeds} draws",
+            text=inputs.provenance,
+            more=(
                 *(_curve(name, getattr(read, name)) for name in ("u", "D", "pass_through", "excess")),
-                *self._drifts(found),
-            ],
-        }
+                *self._followed(drifts),
+            ),
+        )
 
-    def _drifts(self, found: Drift) -> list[dict[str, Any]]:
+    def _followed(self, drifts: Drift) -> list[Measurement]:
         """Means over windows and seeds; a followed block's curves run from that block to the last."""
-        relative, relative_error = found.over_windows(found.relative)
-        cosine, cosine_error = found.over_windows(found.cosine)
-        handed_on, _ = found.over_windows(found.handed_on())
+        relative, relative_error = drifts.over_windows(drifts.relative)
+        cosine, cosine_error = drifts.over_windows(drifts.cosine)
+        handed_on, _ = drifts.over_windows(drifts.handed_on())
         blocks = relative.shape[1]
-        first = (found.start[..., 0].square() / found.start.square().sum(-1)).mean((1, 2))
-        more = [_curve("size", relative.diagonal()), _curve("falls", _falls(relative)), _curve("first_token", first)]
+        token = (drifts.start[..., 0].square() / drifts.start.square().sum(-1)).mean((1, 2))
+        more = [_curve("size", relative.diagonal()), _curve("falls", _falls(relative)), _curve("first_token", token)]
         for block in sorted({round(x) for x in torch.linspace(0, max(blocks - 2, 0), self.followed).tolist()}):
             more += [
                 _curve(f"relative.{block + 1}", relative[block, block:], relative_error[block, block:]),
@@ -100,8 +98,8 @@ def _curve(
     values: Float[Tensor, " some"],
     stderr: Float[Tensor, " some"] | None = None,
     value: float | None = None,
-) -> dict[str, Any]:
+) -> Measurement:
     """A curve with its last value, or another, and its standard errors where there are any."""
     curve = values.tolist()
-    errors = {} if stderr is None or bool(stderr.isnan().any()) else {"curve_stderr": stderr.tolist()}
-    return {"metric": metric, "value": curve[-1] if value is None else value, "curve": curve, **errors}
+    errors = None if stderr is None or bool(stderr.isnan().any()) else stderr.tolist()
+    return Measurement(metric=metric, value=curve[-1] if value is None else value, curve=curve, curve_stderr=errors)

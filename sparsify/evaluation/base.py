@@ -6,10 +6,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from sparsify.data.windows import TokenWindows, Windows
-
-Cut = Callable[[Windows], TokenWindows]
-"""Gives the tokens of a window spec for the model at hand."""
+from sparsify.data.inputs import Inputs
+from sparsify.data.windows import Windows
+from sparsify.model.blocks import BlockView
+from sparsify.progress import Progress, silent
+from sparsify.types import Evaluation
 
 
 @dataclass(frozen=True)
@@ -17,25 +18,29 @@ class Subject:
     """A model that was pruned in place, with what is needed to measure it.
 
     Attributes:
-        model: the pruned model, in eval mode.
+        view: the pruned model, in eval mode.
         tokenizer: its tokenizer; None for random-weight models.
-        cut: tokens of a window spec, cut once per process.
+        inputs: those of a spec, made once per process.
         dense: the prunable weights as they were, [out, inp] by layer name.
-        batch_size: windows per forward; None picks one for the device.
-        progress: told (done, total) by evaluations that take long.
+        batch_size: samples per forward; None picks one for the device.
+        progress: told of phases by evaluations that take long.
     """
 
-    model: nn.Module
+    view: BlockView
     tokenizer: Any
-    cut: Cut
+    inputs: Callable[[Windows], Inputs]
     dense: Mapping[str, Tensor]
     batch_size: int | None = None
-    progress: Callable[[int, int], None] = lambda done, total: None
+    progress: Progress = silent
+
+    @property
+    def model(self) -> nn.Module:
+        return self.view.model
 
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """Measures a pruned model and leaves it as it was.
+    """Measures a pruned model and leaves it as it was: a frozen dataclass.
 
     Attributes:
         version: raised whenever a change moves its numbers; part of the evaluation's key.
@@ -44,9 +49,5 @@ class Evaluator(Protocol):
     @property
     def version(self) -> int: ...
 
-    def evaluate(self, subject: Subject) -> dict[str, Any]:
-        """A JSON-ready result: `metric`, `value` and `protocol`, and what else is worth keeping.
-
-        `more` may list further measurements, each with a `metric` and a `value` (and a `stderr`, or a `curve` of
-        values by block); a report shows them as rows of their own, `<evaluation>.<metric>`.
-        """
+    def evaluate(self, subject: Subject) -> Evaluation:
+        """A number with its protocol, and what else is worth keeping."""

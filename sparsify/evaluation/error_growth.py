@@ -1,7 +1,6 @@
 """Error growth over depth as an evaluation: the curves of `sparsify.analysis.error_growth` on a choice of windows."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch import Tensor
 from sparsify.analysis import error_growth as analysis
 from sparsify.data.windows import Windows
 from sparsify.evaluation.base import Subject
-from sparsify.model.blocks import BlockView
+from sparsify.types import Evaluation, Measurement
 
 
 @dataclass(frozen=True)
@@ -25,26 +24,25 @@ class ErrorGrowth:
     windows: Windows
     version: int = 1
 
-    def evaluate(self, subject: Subject) -> dict[str, Any]:
+    def evaluate(self, subject: Subject) -> Evaluation:
         """`relative_error`, and under `more` the other curves; values are those of the last block."""
-        text = subject.cut(self.windows)
+        inputs = subject.inputs(self.windows)
         growth = analysis.error_growth(
-            BlockView(subject.model), subject.dense, text.tokens, batch_size=subject.batch_size
+            subject.view, subject.dense, inputs, batch_size=subject.batch_size, progress=subject.progress
         )
         others = [name for name in analysis.METRICS if name != "relative"]
-        return {
-            **_measurement("relative_error", growth.relative),
-            "protocol": self.windows.protocol,
-            "text": text.provenance,
-            "more": [_measurement(name, getattr(growth, name)) for name in others],
-        }
+        return Evaluation(
+            **_measurement("relative_error", growth.relative).to_json(),
+            protocol=self.windows.protocol,
+            text=inputs.provenance,
+            more=tuple(_measurement(name, getattr(growth, name)) for name in others),
+        )
 
 
-def _measurement(metric: str, values: Float[Tensor, "blocks windows"]) -> dict[str, Any]:
+def _measurement(metric: str, values: Float[Tensor, "blocks windows"]) -> Measurement:
     """Means over the windows, with their standard errors where there are windows enough to tell."""
     curve = values.mean(1).tolist()
-    found: dict[str, Any] = {"metric": metric, "value": curve[-1], "curve": curve}
-    if values.shape[1] > 1:
-        errors = (values.std(1) / values.shape[1] ** 0.5).tolist()
-        found |= {"stderr": errors[-1], "curve_stderr": errors}
-    return found
+    if values.shape[1] < 2:
+        return Measurement(metric=metric, value=curve[-1], curve=curve)
+    errors = (values.std(1) / values.shape[1] ** 0.5).tolist()
+    return Measurement(metric=metric, value=curve[-1], curve=curve, stderr=errors[-1], curve_stderr=errors)

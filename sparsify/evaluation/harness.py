@@ -29,7 +29,7 @@ from sparsify import paths
 from sparsify.data import benchmarks
 from sparsify.errors import DataError, NumericsError
 from sparsify.evaluation.base import Subject
-from sparsify.model.loss import SLICE, head_is_plain, head_logits
+from sparsify.model.objective import SLICE, head_is_plain, head_logits
 
 VERSION = f"lm-eval {version('lm-eval')}"
 SEED = 1234

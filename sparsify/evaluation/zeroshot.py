@@ -7,7 +7,7 @@ from typing import Any
 from sparsify.data import benchmarks
 from sparsify.errors import UsageError
 from sparsify.evaluation.base import Subject
-from sparsify.types import check_whole
+from sparsify.types import Evaluation, Measurement, check_whole
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,12 @@ class ZeroShot:
     version: int = 1
 
     def __post_init__(self) -> None:
-        wanted = benchmarks.find(self.task)
+        benchmark = benchmarks.find(self.task)
         for name, value, least in (("limit", self.limit, 1), ("shots", self.shots, 0)):
             check_whole(name, value, least, or_null=True)
-        if self.shots not in (None, wanted.shots) and not wanted.examples:
-            raise UsageError(
-                f"{self.task} has no examples to put into its prompt", got=f"shots={self.shots}", allowed=wanted.shots
-            )
+        if self.shots not in (None, benchmark.shots) and not benchmark.examples:
+            what = f"{self.task} has no examples to put into its prompt"
+            raise UsageError(what, got=f"shots={self.shots}", allowed=benchmark.shots)
 
     @property
     def protocol(self) -> str:
@@ -47,7 +46,7 @@ class ZeroShot:
     def _shots(self) -> int:
         return benchmarks.find(self.task).shots if self.shots is None else self.shots
 
-    def evaluate(self, subject: Subject) -> dict[str, Any]:
+    def evaluate(self, subject: Subject) -> Evaluation:
         """`acc` (`exact_match` for GSM8K) with its standard error and number of documents; other metrics in `more`.
 
         Raises:
@@ -63,10 +62,7 @@ class ZeroShot:
 
         scores = harness.scores(self.task, self._shots, self.limit, subject)
         first, *more = _measurements(self.task, scores)
-        return {
-            **first,
-            "protocol": self.protocol,
-            "more": more,
+        details = {
             "task": self.task,
             "limit": self.limit,
             "task_version": scores[0].version,
@@ -74,22 +70,22 @@ class ZeroShot:
             "harness": harness.VERSION,
             "bos": harness.starts_with_bos(subject.tokenizer),
         }
+        return Evaluation(**first.to_json(), protocol=self.protocol, more=tuple(more), details=details)
 
 
-def _measurements(task: str, scores: list[Any]) -> list[dict[str, Any]]:
+def _measurements(task: str, scores: list[Any]) -> list[Measurement]:
     """The metrics over all documents, then the first metric of each part where the task has parts (subjects)."""
     n = sum(score.n for score in scores)
     overall = [
         _measurement(metric, sum(score.metrics[metric] * score.n for score in scores) / n, n)
         for metric in scores[0].metrics
     ]
-    metric = overall[0]["metric"]
+    metric = overall[0].metric
     parts = [(f"{metric}_{score.name.removeprefix(task + '_')}", score) for score in scores if len(scores) > 1]
     return overall + [_measurement(name, score.metrics[metric], score.n) for name, score in parts]
 
 
-def _measurement(metric: str, value: float, n: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"metric": metric, "value": value, "n": n}
-    if n > 1 and metric.startswith(("acc", "exact_match")):
-        row["stderr"] = math.sqrt(value * (1 - value) / (n - 1))  # of a mean of zeros and ones
-    return row
+def _measurement(metric: str, value: float, n: int) -> Measurement:
+    counted = n > 1 and metric.startswith(("acc", "exact_match"))  # a mean of zeros and ones
+    error = math.sqrt(value * (1 - value) / (n - 1)) if counted else None
+    return Measurement(metric=metric, value=value, n=n, stderr=error)

@@ -1,183 +1,30 @@
-"""One-shot pruning: one walk through the blocks, each layer pruned once."""
+"""One-shot pruning: allocate, then prune."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-
-from sparsify.errors import NumericsError, SparsifyError, UsageError
-from sparsify.model.blocks import BlockView, Layer
-from sparsify.model.statistics import LayerStats, full_precision
-from sparsify.model.walk import Walk
-from sparsify.pruners.base import Pruner
-from sparsify.types import SparsityPlan, Target
-
-REGIMES = ("propagated", "sequential", "dense")
+from sparsify.errors import UsageError
+from sparsify.methods.base import Job, Method, MethodResult
+from sparsify.methods.blockwise import REGIMES, Regime
+from sparsify.model.blocks import BlockView
+from sparsify.model.masks import Masks
 
 
 @dataclass(frozen=True)
-class LayerResult:
-    """What happened to one layer.
+class OneShot(Method):
+    """A plan for the budget, and one walk that prunes by it.
 
     Attributes:
-        achieved: counted zeros over weights.
-        error: relative error of the layer's output on the calibration text, ||(W - W')X|| / ||WX|| in Frobenius
-            norm; exact with a Gram matrix, without cross terms with norms only, of the weights without data.
-        seconds: time to choose and write the new weight (statistics not included).
-        notes: the pruner's remarks.
+        regime: where a layer's statistics come from: `propagated` (the papers), `sequential` or `dense`; what they
+            mean stands in `methods.blockwise.BlockwisePruning`.
     """
 
-    block: int
-    name: str
-    target: float
-    achieved: float
-    zeros: int
-    numel: int
-    error: float
-    seconds: float
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    def to_row(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-Progress = Callable[[int, int], None]
-"""Called with (blocks done, blocks in all)."""
-
-
-def silent(done: int, total: int) -> None:
-    """The progress callback that says nothing."""
-
-
-@dataclass(frozen=True)
-class OneShot:
-    """Walk the blocks; observe, prune, pass on.
-
-    Attributes:
-        regime: where a layer's statistics come from. `propagated` (the papers): the block as it was, on inputs from
-            the pruned prefix. `sequential`: also from the layers already pruned inside the block. `dense`: the
-            unpruned model.
-    """
-
-    regime: Literal["propagated", "sequential", "dense"] = "propagated"
+    regime: Regime = "propagated"
     version: int = 1
 
     def __post_init__(self) -> None:
         if self.regime not in REGIMES:
             raise UsageError("Unknown regime", got=self.regime, allowed=", ".join(REGIMES))
 
-    @torch.no_grad()
-    def apply(
-        self,
-        view: BlockView,
-        tokens: Int[Tensor, "n seq"],
-        pruner: Pruner,
-        plan: SparsityPlan,
-        *,
-        batch_size: int | None = None,
-        progress: Progress = silent,
-    ) -> list[LayerResult]:
-        """Prune the model in place and return one result per layer.
-
-        Args:
-            view: the model.
-            tokens: calibration token ids, [n, seqlen].
-            pruner: how a matrix is pruned.
-            plan: how much of each.
-            batch_size: windows per forward; no effect on what is computed but rounding.
-            progress: told after each block.
-
-        Raises:
-            NumericsError: a layer's weights or statistics are unusable; the message names it.
-        """
-        with full_precision():
-            return self._walk(view, tokens, pruner, plan, batch_size, progress)
-
-    def _walk(
-        self,
-        view: BlockView,
-        tokens: Int[Tensor, "n seq"],
-        pruner: Pruner,
-        plan: SparsityPlan,
-        batch_size: int | None,
-        progress: Progress,
-    ) -> list[LayerResult]:
-        rows: list[LayerResult] = []
-        total = len(view.blocks)
-        last = max((x.spec.block for x in view.layers if plan.targets[x.spec.name].sparsity > 0), default=-1)
-        walk = Walk(view, tokens, batch_size) if pruner.needs and last >= 0 else None
-        for block in range(total):
-            for layer, stats in self._observed(walk if block <= last else None, view, block, pruner.needs):
-                rows.append(prune_layer(layer, stats, pruner, plan.targets[layer.spec.name]))
-            if walk is not None and block < last and self.regime != "dense":
-                walk.advance(block)
-            progress(block + 1, total)
-        return rows
-
-    def _observed(
-        self, walk: Walk | None, view: BlockView, block: int, needs: frozenset[str]
-    ) -> Iterator[tuple[Layer, LayerStats]]:
-        """Each layer of the block with its statistics, taken as the regime says."""
-        layers = {layer.spec.name: layer for layer in view.layers_of(block)}
-        if walk is None:
-            yield from ((layer, LayerStats(0)) for layer in layers.values())
-        elif self.regime == "sequential":
-            for group in walk.shared_inputs(block):
-                stats = walk.observe(block, needs, only=group)
-                yield from ((layers[name], stats[name]) for name in layers if name in group)
-        else:
-            stats = walk.observe(block, needs, advance=self.regime == "dense")
-            yield from ((layers[name], stats[name]) for name in layers)
-
-
-def prune_layer(layer: Layer, stats: LayerStats, pruner: Pruner, target: Target) -> LayerResult:
-    """Prune one layer in place; a target of zero leaves it alone.
-
-    Raises:
-        SparsifyError: whatever the pruner refused, with the layer's name in front.
-    """
-    start = time.perf_counter()
-    spec, before = layer.spec, layer.weight
-    error, notes, seconds = 0.0, {}, 0.0
-    if target.sparsity > 0:
-        with _named(spec.name):
-            pruned = pruner.prune(before, stats, target)
-        if not torch.isfinite(pruned.weight).all():
-            raise NumericsError(f"Pruning {spec.name} gave non-finite weights", fix="dtype=float32")
-        dense = before.clone()
-        layer.write(pruned.weight.to(before.dtype))
-        seconds = time.perf_counter() - start
-        error = output_error(dense, layer.weight, stats)
-        notes = pruned.notes
-    zeros = int((layer.weight == 0).sum())
-    return LayerResult(
-        spec.block, spec.name, target.sparsity, zeros / spec.numel, zeros, spec.numel, error, seconds, notes
-    )
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    try:
-        yield
-    except SparsifyError as error:
-        error.what = f"{name}: {error.what}"
-        raise
-
-
-def output_error(before: Float[Tensor, "out inp"], after: Float[Tensor, "out inp"], stats: LayerStats) -> float:
-    """Relative Frobenius error of the layer's output, as good as the statistics allow (see `LayerResult`)."""
-
-    def energy(weight: Tensor) -> Tensor:
-        if stats.gram is not None:
-            return torch.sum((weight @ stats.gram) * weight)
-        return torch.sum(weight.square() if stats.square is None else weight.square() * stats.square)
-
-    dense = before.float()
-    whole = energy(dense)
-    part = energy(dense - after.float())
-    return float((part / whole.clamp_min(1e-30)).clamp_min(0).sqrt())
+    def apply(self, view: BlockView, job: Job) -> MethodResult:
+        plan, masks = job.plan(job.sparsity, regime=self.regime), Masks()
+        return MethodResult(plan, job.prune(plan, regime=self.regime, masks=masks), masks)

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from sparsify.data.inputs import Batch, Inputs
+from sparsify.errors import UnsupportedModelError
 from sparsify.model.blocks import BlockView
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "use_cache")
@@ -22,19 +24,25 @@ Calls = list[list[dict[str, Any]]]
 
 
 @torch.no_grad()
-def enter(
-    view: BlockView, tokens: Int[Tensor, "n seq"], batches: list[slice]
-) -> tuple[Float[Tensor, "n seq dim"], Calls]:
-    """Hidden states before block 0, and how the model calls each block for each batch."""
-    tuples = _returns_tuple(view, tokens[:1, :2])
-    inputs: list[Tensor] = []
+def enter(view: BlockView, inputs: Inputs, batches: list[slice]) -> tuple[Float[Tensor, "n seq dim"], Calls]:
+    """Hidden states before block 0, and how the model calls each block for each batch.
+
+    Raises:
+        UnsupportedModelError: these inputs do not reach every block once.
+    """
+    tuples = _returns_tuple(view, inputs)
+    states: list[Tensor] = []
     calls: Calls = []
     for where in batches:
         with _recording(view, tuples) as (first, seen):
-            view.model.base_model(tokens[where].to(view.device), use_cache=False)  # type: ignore[operator]
-        inputs.append(first[0])
+            _run(view, inputs.batch(where, view.device))
+        states.append(first[0])
         calls.append(_same_or(calls[0], seen) if calls else seen)
-    return torch.cat(inputs), calls
+    return torch.cat(states), calls
+
+
+def _run(view: BlockView, batch: Batch) -> None:
+    view.model.base_model(**batch)  # type: ignore[operator]
 
 
 @contextmanager
@@ -67,8 +75,8 @@ def _recording(view: BlockView, tuples: list[bool]) -> Iterator[tuple[list[Tenso
                 block.forward = old
 
 
-def _returns_tuple(view: BlockView, probe: Int[Tensor, "1 few"]) -> list[bool]:
-    """Run a few tokens through the real model to see which blocks return tuples."""
+def _returns_tuple(view: BlockView, inputs: Inputs) -> list[bool]:
+    """Run a few positions through the real model to see which blocks return tuples."""
     kinds: dict[int, bool] = {}
 
     def note(i: int) -> Any:
@@ -76,10 +84,16 @@ def _returns_tuple(view: BlockView, probe: Int[Tensor, "1 few"]) -> list[bool]:
 
     handles = [block.register_forward_hook(note(i)) for i, block in enumerate(view.blocks)]
     try:
-        view.model.base_model(probe.to(view.device), use_cache=False)  # type: ignore[operator]
+        _run(view, inputs.probe(view.device))
     finally:
         for handle in handles:
             handle.remove()
+    if missed := [i for i in range(len(view.blocks)) if i not in kinds]:
+        raise UnsupportedModelError(
+            "The inputs do not reach every block that is to be pruned",
+            got=f"block {missed[0]} of {len(view.blocks)} was not called",
+            fix="part=language for text, or inputs of the part that is pruned",
+        )
     return [kinds[i] for i in range(len(view.blocks))]
 
 

@@ -225,13 +225,13 @@ class ShapeModel:
 def _from_folder(source: str, dtype: torch.dtype, device: str, **options: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    with _quiet():
+    with quiet():
         model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     return model.to(device)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars of transformers: the console has its own line for loading."""
     from transformers.utils import logging
 
@@ -253,7 +253,7 @@ def _dequantise(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # The dequantisation draws a bar of its own on stderr, whatever the settings.
-    with _quiet(), redirect_stderr(io.StringIO()):
+    with quiet(), redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
             source.parent,
             gguf_file=source.name,

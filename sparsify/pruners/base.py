@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparsify.errors import UsageError
-from sparsify.model.statistics import LayerStats
+from sparsify.model.statistics import LayerStats, Needs
 from sparsify.pruners.masks import Group, keep_mask
 from sparsify.types import Target
 
@@ -32,11 +32,11 @@ class Pruner(Protocol):
     """Prunes one matrix, given statistics of its input.
 
     Attributes:
-        needs: statistics it reads, a subset of {"norm", "gram"}; empty for data-free pruners.
+        needs: statistics it reads, of `model.statistics` or its own; empty for data-free pruners.
         version: raised whenever a change moves its numbers; part of a run's identity.
     """
 
-    needs: ClassVar[frozenset[str]]
+    needs: ClassVar[Needs]
 
     @property
     def version(self) -> int: ...

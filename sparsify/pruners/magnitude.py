@@ -6,7 +6,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsify.model.statistics import LayerStats
+from sparsify.model.statistics import LayerStats, Needs
 from sparsify.pruners.base import ScorePruner
 from sparsify.pruners.masks import Group
 
@@ -19,7 +19,7 @@ class Magnitude(ScorePruner):
     (arXiv 2306.11695). The released code zeroes all ties with the threshold; here the count is exact.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[Needs] = frozenset()
     group: Group = "matrix"
 
     def score(self, weight: Float[Tensor, "out inp"], stats: LayerStats) -> Float[Tensor, "out inp"]:

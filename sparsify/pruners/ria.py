@@ -6,7 +6,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsify.model.statistics import LayerStats
+from sparsify.model.statistics import NORM, LayerStats, Needs
 from sparsify.pruners.base import ScorePruner
 from sparsify.pruners.masks import Group
 
@@ -25,7 +25,7 @@ class RIA(ScorePruner):
         group: `matrix` as released; `row` is the release's `--per_outneuron`.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"norm"})
+    needs: ClassVar[Needs] = frozenset({NORM})
     group: Group = "matrix"
     a: float = 0.5
 

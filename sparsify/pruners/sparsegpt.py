@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsify.errors import NumericsError, UsageError
 from sparsify.model.cuda_graph import Replay, captured
-from sparsify.model.statistics import LayerStats
+from sparsify.model.statistics import GRAM, LayerStats, Needs
 from sparsify.pruners.base import Pruned
 from sparsify.pruners.masks import keep_jointly, keep_n_of_m, slab_counts
 from sparsify.types import Target
@@ -33,7 +33,7 @@ class SparseGPT:
         rule: `exact`, or `released` (one zero more per slab).
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    needs: ClassVar[Needs] = frozenset({GRAM})
     damp: float = 0.01
     columns: int = 128
     rule: Literal["exact", "released"] = "exact"
@@ -51,10 +51,7 @@ class SparseGPT:
 
     def prune(self, weight: Float[Tensor, "out inp"], stats: LayerStats, target: Target) -> Pruned:
         """Prune and update; the factorisation is shared by all layers that read the same input."""
-        if stats.gram is None:
-            raise LookupError("these statistics were collected without 'gram'")
-        gram = stats.gram
-        factor = stats.once(("inverse", self.damp), lambda: inverse_factor(gram, self.damp))
+        factor = stats.once(("inverse", self.damp), lambda: inverse_factor(stats.gram, self.damp))
         new, keep = obs_prune(weight.float(), factor, target, self.columns, self.rule == "released")
         notes = {"damp": factor.damp} if factor.damp != self.damp else {}
         return Pruned(new, keep, notes)

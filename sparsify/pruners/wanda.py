@@ -6,7 +6,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsify.model.statistics import LayerStats
+from sparsify.model.statistics import NORM, LayerStats, Needs
 from sparsify.pruners.base import ScorePruner
 
 
@@ -17,7 +17,7 @@ class Wanda(ScorePruner):
     Source: Sun et al., arXiv 2306.11695, Eq. 1.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"norm"})
+    needs: ClassVar[Needs] = frozenset({NORM})
 
     def score(self, weight: Float[Tensor, "out inp"], stats: LayerStats) -> Float[Tensor, "out inp"]:
         return wanda_scores(weight, stats.norm)

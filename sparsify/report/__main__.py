@@ -18,7 +18,7 @@ from sparsify.errors import SparsifyError, UsageError
 from sparsify.report import accuracy, frame
 from sparsify.report.layouts import LAYOUTS, Page, table_config
 from sparsify.runs import console, registry
-from sparsify.runs.cells import parts_of
+from sparsify.runs.planning import parts_of
 from sparsify.runs.records import Store
 
 

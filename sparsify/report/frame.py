@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import pandas as pd
 
 from sparsify.errors import RecordError
 from sparsify.runs import registry
-
-Record = Mapping[str, Any]
+from sparsify.runs.record import Record
+from sparsify.types import Measurement
 
 REQUIRED = ("key", "evaluation", "metric", "protocol", "value")
 MEASUREMENT = ("evaluation", "metric", "protocol", "value", "text_sha256", "stderr", "n", "curve", "curve_stderr")
@@ -40,34 +40,36 @@ def long(records: Iterable[Record]) -> pd.DataFrame:
 def _rows(record: Record) -> list[dict[str, Any]]:
     cell = _cell(record)
     rows = []
-    for name, item in record["evaluations"].items():
-        shared = {"protocol": item["protocol"], "text_sha256": item.get("text", {}).get("tokens_sha256", "")[:16]}
-        rows.append(cell | {"evaluation": name} | shared | _measurement(item))
-        for other in item.get("more", ()):
-            rows.append(cell | {"evaluation": f"{name}.{other['metric']}"} | shared | _measurement(other))
+    for name, item in record.evaluations.items():
+        result = item.result
+        shared = {"protocol": result.protocol, "text_sha256": result.text.get("tokens_sha256", "")[:16]}
+        rows.append(cell | {"evaluation": name} | shared | _measurement(result))
+        for other in result.more:
+            rows.append(cell | {"evaluation": f"{name}.{other.metric}"} | shared | _measurement(other))
     return rows
 
 
-def _measurement(item: Mapping[str, Any]) -> dict[str, Any]:
+def _measurement(item: Measurement) -> dict[str, Any]:
     """Metric and value, and of the optional columns those that the measurement has."""
-    row = {name: item[name] for name in ("metric", "value", "stderr", "n") if name in item}
-    return row | {name: _joined(item[name]) for name in ("curve", "curve_stderr") if name in item}
+    row = {name: getattr(item, name) for name in ("metric", "value", "stderr", "n")}
+    row |= {name: _joined(curve) for name in ("curve", "curve_stderr") if (curve := getattr(item, name)) is not None}
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def _cell(record: Record) -> dict[str, Any]:
-    science, execution = record["science"], record["execution"]
-    row: dict[str, Any] = {"key": record["key"], "model": science["model"]["name"], "achieved": record["sparsity"]}
+    science, execution = record.science, record.execution
+    row: dict[str, Any] = {"key": record.key, "model": science["model"]["name"], "achieved": record.sparsity}
     row |= {name: science[name] for name in ("scale", "dtype", "pattern", "sparsity", "seed")}
     for group in ("pruner", "allocator", "method"):
         row |= _component(group, group, science[group])
     profile = block_profile(record)
-    row |= _trials(record.get("trials", []))
-    row |= _noted(record.get("notes", {}))
+    row |= _trials(record.trials)
+    row |= _noted(record.notes)
     row["num_blocks"] = len(profile)
     row["block_sparsity"] = "|".join(f"{value:.5f}" for value in profile)
-    row |= {f"seconds.{step}": round(value, 3) for step, value in record["seconds"].items()}
-    row["calibration"] = _describe(record["calibration"])
-    row["calibration_sha256"] = record["calibration"].get("tokens_sha256", "")[:16]
+    row |= {f"seconds.{step}": round(value, 3) for step, value in record.seconds.items()}
+    row["calibration"] = _describe(record.calibration)
+    row["calibration_sha256"] = record.calibration.get("tokens_sha256", "")[:16]
     row |= {name: execution[name] for name in ("device", "commit", "finished")}
     row |= {name: execution["versions"][name] for name in ("torch", "transformers")}
     return row
@@ -89,7 +91,7 @@ def _scalar(value: Any) -> Any:
     return json.dumps(value, sort_keys=True) if isinstance(value, Mapping | list) else value
 
 
-def _trials(trials: list[Mapping[str, Any]]) -> dict[str, str]:
+def _trials(trials: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What a search tried, in order: held-out perplexities and seconds since its start, joined by `|`."""
     timed = [t for t in trials if t.get("seconds") is not None]
     if not timed:
@@ -120,7 +122,7 @@ def block_profile(record: Record) -> list[float]:
     """Counted sparsity of each block."""
     zeros: dict[int, int] = {}
     numel: dict[int, int] = {}
-    for layer in record["layers"]:
+    for layer in record.layers:
         zeros[layer["block"]] = zeros.get(layer["block"], 0) + layer["zeros"]
         numel[layer["block"]] = numel.get(layer["block"], 0) + layer["numel"]
     return [zeros[b] / numel[b] for b in sorted(zeros)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsify.runs import registry
 from sparsify.runs.identity import Config, sparsity_of
+from sparsify.runs.record import Record
 
 Kind = tuple[Any, ...]
 
@@ -27,16 +28,16 @@ class Costs:
     seconds: dict[Kind, list[float]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, records: Iterable[Mapping[str, Any]]) -> Costs:
+    def of(cls, records: Iterable[Record]) -> Costs:
         """Learn from finished records."""
         costs = cls()
         for record in records:
-            took = record["seconds"]
-            for kind in _prunings(record["science"]) if "prune" in took else ():
+            took = record.seconds
+            for kind in _prunings(record.science) if "prune" in took else ():
                 costs.seconds.setdefault(kind, []).append(took["prune"])
-            for name in record["evaluations"]:
+            for name in record.evaluations:
                 if name in took:
-                    costs.seconds.setdefault(_evaluation(record["science"], name), []).append(took[name])
+                    costs.seconds.setdefault(_evaluation(record.science, name), []).append(took[name])
         return costs
 
     def expected(self, config: Config, evaluations: Sequence[str]) -> float | None:

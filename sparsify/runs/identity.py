@@ -21,6 +21,7 @@ Config = Mapping[str, Any]
 SCIENCE = (
     "scale",
     "model",
+    "part",
     "dtype",
     "calibration",
     "heldout",

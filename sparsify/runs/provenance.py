@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from typing import Any
 
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
 
 from sparsify import paths
 
 PACKAGES = ("torch", "transformers", "numpy", "layerwise-sparsify")
 
 
-def execution(config: DictConfig) -> dict[str, Any]:
+def execution(config: Mapping[str, Any]) -> dict[str, Any]:
     """Commit, versions, device and time; nothing here is part of a run's identity."""
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions(),
-        "device": device_name(str(config.device)),
-        "batch_size": config.batch_size,
-        "command": " ".join(sys.argv[1:]),
+        "device": device_name(str(config["device"])),
+        "batch_size": config["batch_size"],
+        "command": command(),
     }
+
+
+def command() -> str:
+    """The overrides that make this very cell, as they are typed."""
+    if not HydraConfig.initialized():
+        return ""
+    overrides = [text for text in HydraConfig.get().overrides.task if not text.startswith("sweep.")]
+    return " ".join(shlex.quote(text) for text in overrides)
 
 
 @cache

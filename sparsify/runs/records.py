@@ -15,9 +15,9 @@ from typing import Any, Literal
 import psutil
 
 from sparsify.errors import HeldError, RecordError
+from sparsify.runs.record import Record
 
 State = Literal["done", "running", "failed", "missing"]
-SCHEMA = 1
 HEARTBEAT_SECONDS = 30.0
 STALE_SECONDS = 300.0
 """A lease of another host is dead when its heartbeat is older than this."""
@@ -36,7 +36,7 @@ class Store:
     def folder(self, key: str) -> Path:
         return self.runs / key
 
-    def read(self, key: str) -> dict[str, Any] | None:
+    def read(self, key: str) -> Record | None:
         """The record, or None if there is none.
 
         Raises:
@@ -44,53 +44,50 @@ class Store:
         """
         file = self.folder(key) / "record.json"
         try:
-            record = json.loads(file.read_text(encoding="utf8"))
+            return Record.from_json(json.loads(file.read_text(encoding="utf8")), file.name)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise RecordError("A record cannot be read", got=f"{file}: {error}", fix=f"remove {file}") from error
-        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-            raise RecordError(
-                "A record has an unknown layout", got=f"{file}", allowed=f"schema {SCHEMA}", fix=f"remove {file}"
-            )
-        return record
 
-    def write(self, key: str, record: Mapping[str, Any]) -> Path:
+    def write(self, record: Record) -> Path:
         """Write the record so that a reader sees the old one or the new one, never half of it.
 
         Raises:
             RecordError: the disk is full or not writable; the old record is untouched.
         """
-        file = self.folder(key) / "record.json"
+        file = self.folder(record.key) / "record.json"
         try:
-            text = json.dumps({"schema": SCHEMA, "key": key, **record}, indent=1, allow_nan=False)
+            text = json.dumps(record.to_json(), indent=1, allow_nan=False)
         except (ValueError, TypeError) as error:
             raise RecordError("A result is not finite or not plain data", got=error) from error
         write_atomically(file, text)
         return file
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Record]:
         """All records, in order of key."""
         for folder in sorted(self.runs.glob("*/")):
             record = self.read(folder.name)
             if record is not None:
                 yield record
 
-    def state(self, key: str, evaluations: Mapping[str, str]) -> State:
-        """What is known of a cell that should have these evaluations (name -> key)."""
+    def state(self, key: str, evaluations: Mapping[str, str], *, kept: bool = False) -> State:
+        """What is known of a cell that should have these evaluations (name -> key), and its model if it is kept."""
         if self.holder(key) is not None:
             return "running"
-        if self.complete(key, evaluations):
+        if self.complete(key, evaluations, kept=kept):
             return "done"
         record = self.read(key)
-        return "failed" if record is not None and record["status"] == "failed" else "missing"
+        return "failed" if record is not None and record.status == "failed" else "missing"
 
-    def complete(self, key: str, evaluations: Mapping[str, str]) -> bool:
-        """Whether the record is finished and has every one of these evaluations."""
+    def complete(self, key: str, evaluations: Mapping[str, str], *, kept: bool = False) -> bool:
+        """Whether the record is finished and has every one of these evaluations (and the model, if it is kept)."""
         record = self.read(key)
-        if record is None or record["status"] != "done":
+        if record is None or record.status != "done":
             return False
-        return set(evaluations.values()) <= {item["key"] for item in record["evaluations"].values()}
+        if kept and (record.kept is None or not (self.folder(key) / record.kept.file).is_file()):
+            return False
+        return set(evaluations.values()) <= {item.key for item in record.evaluations.values()}
 
     def holder(self, key: str) -> str | None:
         """`host:pid` of the process that works on the cell, None if nobody alive does."""

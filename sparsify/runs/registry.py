@@ -228,6 +228,8 @@ def make(config: Any) -> Any:
         UsageError: the keys do not fit the component, or its version is not that of its code.
     """
     node: Any = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    if missing := [key for key, value in node.items() if value == "???"]:
+        raise UsageError(f"{missing[0]} must be given", got=name_of("", node), fix=f"{missing[0]}=<value>")
     try:
         component = instantiate(_without_reserved(node), _convert_="all")
     except InstantiationException as error:

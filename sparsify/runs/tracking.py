@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from sparsify.runs import console
+from sparsify.runs.record import Record
 
 
 @runtime_checkable
 class Tracker(Protocol):
     """Somewhere that finished records are shown."""
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         """Send a finished record somewhere; must not raise."""
 
 
@@ -22,7 +23,7 @@ class Tracker(Protocol):
 class NoTracker:
     """Keeps records on disk only."""
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         pass
 
 
@@ -40,14 +41,14 @@ class Wandb:
     mode: Literal["online", "offline", "disabled"] = "offline"
     folder: str = "results"
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         """Write the record to wandb; whatever goes wrong becomes one warning line."""
         try:
             self._send(record)
         except Exception as error:
             console.warn(f"wandb was not written ({type(error).__name__}: {error}); the record itself is safe")
 
-    def _send(self, record: Mapping[str, Any]) -> None:
+    def _send(self, record: Record) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
@@ -55,8 +56,8 @@ class Wandb:
             project=self.project,
             dir=self.folder,
             mode=self.mode,
-            id=record["key"],
-            config=record["science"],
+            id=record.key,
+            config=record.science,
             resume="allow",
             reinit="finish_previous",
         )
@@ -66,27 +67,27 @@ class Wandb:
             run.log({"layers": wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])})
             for step, values in enumerate(block_curves(record)):
                 run.log({"block": step, **values})
-            for trial in record["trials"]:
+            for trial in record.trials:
                 run.log({f"trial/{name}": value for name, value in trial.items()})
         finally:
             run.finish()
 
 
-def metrics(record: Mapping[str, Any]) -> dict[str, float]:
+def metrics(record: Record) -> dict[str, float]:
     """Flat numbers of a record: every evaluation, the sparsity, the timings."""
-    values = {f"{name}/{item['metric']}": item["value"] for name, item in record["evaluations"].items()}
-    return values | {"sparsity": record["sparsity"]} | {f"seconds/{k}": v for k, v in record["seconds"].items()}
+    values = {f"{name}/{item.result.metric}": item.result.value for name, item in record.evaluations.items()}
+    return values | {"sparsity": record.sparsity} | {f"seconds/{k}": v for k, v in record.seconds.items()}
 
 
-def layer_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+def layer_rows(record: Record) -> list[dict[str, Any]]:
     """The per-layer table without the pruners' remarks."""
-    return [{k: v for k, v in row.items() if k != "notes"} for row in record["layers"]]
+    return [{k: v for k, v in row.items() if k != "notes"} for row in record.layers]
 
 
-def block_curves(record: Mapping[str, Any]) -> list[dict[str, float]]:
+def block_curves(record: Record) -> list[dict[str, float]]:
     """Sparsity and mean output error of each block."""
     blocks: dict[int, list[Mapping[str, Any]]] = {}
-    for row in record["layers"]:
+    for row in record.layers:
         blocks.setdefault(row["block"], []).append(row)
     return [
         {

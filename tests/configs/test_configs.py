@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from sparsify import paths
 from sparsify.commands import cli
-from sparsify.runs import cells, registry
+from sparsify.runs import planning, registry
 
 ROOT = paths.configs().parent
 FILES = sorted(paths.configs().rglob("*.yaml"))
@@ -57,7 +57,7 @@ def values_of(tree, key):
 
 @cache
 def jobs_of(*overrides):
-    return cells.grid(list(overrides))
+    return planning.grid(list(overrides))
 
 
 def load(file):
@@ -70,9 +70,12 @@ def test_files_of_every_group_are_found(group, at_least):
 
 
 def test_every_folder_is_a_group_of_the_menu():
-    menu = {re.split("[@ ]", next(iter(line)))[0] for line in load(paths.configs() / "config.yaml")["defaults"][:11]}
+    entries = [line for line in load(paths.configs() / "config.yaml")["defaults"] if isinstance(line, dict)]
+    keys = [next(iter(line)) for line in entries]
+    menu = {re.split("[@ ]", key)[0] for key in keys if not key.startswith(("override ", "optional "))}
     folders = {file.relative_to(paths.configs()).parts[0] for file in FILES} - {"config.yaml", "local"}
-    assert folders == menu | {"table", "hydra", "perturbation"}
+    without = {next(iter(line)) for line in entries if None in line.values()}  # stages of which there is none yet
+    assert folders | without == menu | {"table", "hydra", "perturbation"}
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS)
@@ -80,7 +83,8 @@ def test_every_option_composes_and_resolves(group, name):
     places = PLACES.get(group, [group])
     config = compose("config", [*(f"{place}={name}" for place in places), *GIVEN.get((group, name), [])])
     OmegaConf.resolve(config)
-    assert {key.split(".")[-1] for key in OmegaConf.missing_keys(config)} == ({"path"} if name == "file" else set())
+    required = {"file": {"path"}, "from_file": {"file"}}.get(name, set())
+    assert {key.split(".")[-1] for key in OmegaConf.missing_keys(config)} == required
 
 
 @pytest.mark.parametrize("name", [n.removeprefix("launcher/") for n in registry.names("hydra")])

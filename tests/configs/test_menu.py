@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsify import paths
-from sparsify.runs import cells, menu, registry
+from sparsify.runs import menu, planning, registry
 from sparsify.runs.identity import plain
 
 TABLES = registry.names("table")
@@ -43,7 +43,7 @@ def test_a_cell_is_composed_as_hydra_does(overrides):
 @pytest.mark.parametrize(("table", "part"), PARTS, ids=str)
 @pytest.mark.parametrize("scale", registry.names("scale"))
 def test_the_cells_of_a_table_are_composed_as_hydra_does(table, part, scale):
-    jobs = cells.grid([*part, f"scale={scale}"])
+    jobs = planning.grid([*part, f"scale={scale}"])
     for job in (jobs[0], jobs[-1]):
         assert menu.compose(job) == by_hydra(job)
 

@@ -57,3 +57,24 @@ def files(results):
         return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in results.glob("runs/*/record.json")}
 
     return read
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory, make_model):
+    """A tiny model with a tokenizer, the same with a NaN, and texts of several lengths."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("inputs")
+    words = Tokenizer(models.WordLevel({"?": 0, "a": 1, "b": 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    model = make_model()
+    for name in ("model", "nan"):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "short.txt").write_text("a b " * 10)
+    (folder / "long.txt").write_text("a b c " * 100)
+    return folder

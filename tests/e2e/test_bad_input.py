@@ -29,27 +29,6 @@ def earlier(tmp_path_factory, tiny):
     return folder / "runs"
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory, make_model):
-    """A tiny model with a tokenizer, the same with a NaN, and texts of several lengths."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("inputs")
-    words = Tokenizer(models.WordLevel({"?": 0, "a": 1, "b": 2}, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
-    model = make_model()
-    for name in ("model", "nan"):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-        model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
-    (folder / "empty.txt").write_text(" \n")
-    (folder / "short.txt").write_text("a b " * 10)
-    (folder / "long.txt").write_text("a b c " * 100)
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch, tmp_path):
     import huggingface_hub.constants as hub
@@ -217,7 +196,7 @@ def test_a_nan_stops_the_library_call_before_a_weight_changes(make_model, tokens
 def test_an_unforeseen_error_shows_its_traceback_and_leaves_a_failed_record(go, records, monkeypatch):
     from sparsify import pipeline
 
-    monkeypatch.setattr(pipeline, "_prune", lambda *_: SimpleNamespace().nothing)
+    monkeypatch.setattr(pipeline, "prune", lambda *_: SimpleNamespace().nothing)
     outcome = go()
     assert outcome.code == 1
     assert outcome.err.startswith("error: Unexpected AttributeError.")

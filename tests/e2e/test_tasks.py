@@ -10,16 +10,19 @@ import pytest
 from sparsify.data import benchmarks
 from sparsify.errors import NumericsError
 from sparsify.evaluation.zeroshot import ZeroShot
+from sparsify.types import Evaluation
 
 KILLED = """
 import os, signal, sys
 from sparsify.commands.cli import launch
 from sparsify.evaluation.zeroshot import ZeroShot
+from sparsify.types import Evaluation
 
 def deadly(self, subject):
     if self.task == "boolq":
         os.kill(os.getpid(), signal.SIGKILL)
-    return {"metric": "acc", "value": 0.25, "protocol": self.protocol, "task": self.task, "limit": self.limit}
+    details = {"task": self.task, "limit": self.limit}
+    return Evaluation(metric="acc", value=0.25, protocol=self.protocol, details=details)
 
 ZeroShot.evaluate = deadly
 launch(sys.argv[1:])
@@ -43,7 +46,8 @@ def asked(monkeypatch):
         seen.append(self.task)
         if self.task in broken:
             raise broken[self.task]
-        return {"metric": "acc", "value": 0.5, "protocol": self.protocol, "task": self.task, "limit": self.limit}
+        details = {"task": self.task, "limit": self.limit}
+        return Evaluation(metric="acc", value=0.5, protocol=self.protocol, details=details)
 
     monkeypatch.setattr(ZeroShot, "evaluate", answer)
     seen.append(broken)

@@ -9,7 +9,7 @@ import pytest
 
 from sparsify import paths
 from sparsify.runs import identity, registry
-from sparsify.runs.cells import parts_of
+from sparsify.runs.planning import parts_of
 
 FOLDER = paths.root() / "results" / "published"
 PUBLISHED = sorted(file for file in FOLDER.glob("*/*/*.csv") if file.parent.name in registry.names("table"))

@@ -9,8 +9,10 @@ from hydra import compose, initialize_config_dir
 import sparsify
 from sparsify import paths
 from sparsify.allocators.arithmetic import Arithmetic
-from sparsify.allocators.context import DenseContext
+from sparsify.allocators.base import allocate
+from sparsify.allocators.context import Context
 from sparsify.allocators.spectral import AlphaPruning
+from sparsify.data.inputs import as_inputs
 from sparsify.data.windows import encode
 from sparsify.model.blocks import BlockView
 from sparsify.pruners.masks import num_zeros
@@ -48,7 +50,7 @@ def smollm2():
 @pytest.fixture(scope="module")
 def dense(smollm2):
     """What an allocator may ask about SmolLM2."""
-    return DenseContext(BlockView(smollm2[0]), torch.zeros(1, 2, dtype=torch.long))
+    return Context(BlockView(smollm2[0]), as_inputs(torch.zeros(1, 2, dtype=torch.long)))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def test_calibration_and_heldout_windows_of_the_paper_scale_are_disjoint(smollm2
     tokenizer = smollm2[1]
     with initialize_config_dir(str(paths.configs()), version_base="1.3"):
         config = compose("config", ["scale=paper"])
-    calibration, heldout = (registry.make(config[part]).cut(tokenizer, 0).tokens for part in ("calibration", "heldout"))
+    calibration, heldout = (registry.make(config[part]).inputs(tokenizer, 0).tokens for part in ("calibration", "heldout"))
     whole = sparsify.windows(tokenizer, "c4", "train", n=None, seqlen=2048, sampler="joined")
     assert len(whole) >= 276
     assert torch.equal(calibration, whole[0:256:2])
@@ -137,13 +139,13 @@ def released_block_sparsities(run):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_atp_gives_the_block_sparsities_of_the_released_code(dense, beta):
-    plan = Arithmetic(beta=float(beta)).allocate(dense.view.table, 0.7, dense)
+    plan = allocate(Arithmetic(beta=float(beta)), dense.view.table, 0.7, dense)
     assert block_sparsities(plan, dense.view.table) == released_block_sparsities(f"atp-wanda-0.7-beta{beta}")
 
 
 def test_alphapruning_gives_the_alphas_and_block_sparsities_of_the_released_code(dense):
     table = dense.view.table
-    plan = AlphaPruning(tau=0.3, clip=False).allocate(table, 0.7, dense)
+    plan = allocate(AlphaPruning(tau=0.3, clip=False), table, 0.7, dense)
     released = [float(row["alpha"]) for row in rows_of("alpha_peak")]
     assert len(released) == len(table) == 210
     assert [plan.notes["alpha"][layer.name] for layer in table] == pytest.approx(released, rel=1e-4)

@@ -5,12 +5,13 @@ import torch
 from families import FAMILIES
 
 from sparsify.model.blocks import BlockView
+from sparsify.model.statistics import GRAM, NORM
 from sparsify.model.walk import Walk
 from sparsify.pruners.sparsegpt import _captured_walk, eliminate, eliminate_replayed, inverse_factor
 from sparsify.types import Target
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-NEEDS = frozenset({"norm", "gram"})
+NEEDS = frozenset({NORM, GRAM})
 
 
 def walked(model, tokens, monkeypatch, graphs):

@@ -3,43 +3,20 @@ from itertools import pairwise
 
 import pytest
 import torch
+from fakes import FakeContext
 
 from sparsify.allocators.arithmetic import Arithmetic, beta_grid, legal_maximum, progression
-from sparsify.allocators.base import Context, outlier_mapping
+from sparsify.allocators.base import allocate, outlier_mapping
 from sparsify.allocators.owl import OWL
 from sparsify.allocators.spectral import AlphaPruning, alpha_mid, alpha_peak, spectral_profile, spectrum
 from sparsify.allocators.uniform import Uniform
 from sparsify.errors import NumericsError, UsageError
-from sparsify.model.statistics import LayerStats
-from sparsify.types import check_sparsity
+from sparsify.model.statistics import NORM
 
 
-class FakeContext(Context):
-    """A dense model that is a dict of weights; the objective is any function of a plan."""
-
-    seed = 0
-    progress = staticmethod(lambda done, total: None)
-
-    def __init__(self, table, objective=None):
-        self.tensors = {x.name: torch.randn(x.out_features, x.in_features) ** (1 + 2 * x.block) for x in table}
-        self.stats = {x.name: LayerStats(1, torch.rand(x.in_features) * 9) for x in table}
-        self.measure = objective
-        self.memo = {}
-
-    def weights(self):
-        return self.tensors
-
-    def dense_stats(self, needs):
-        assert needs == {"norm"}
-        return self.stats
-
-    def objective(self, plan):
-        return self.measure(plan)
-
-    def once(self, key, make, *, of_weights=False):
-        if key not in self.memo:
-            self.memo[key] = make()
-        return self.memo[key]
+def heavy_tailed(layer):
+    """Later blocks have more outliers."""
+    return torch.randn(layer.out_features, layer.in_features) ** (1 + 2 * layer.block)
 
 
 class KnownAlphas(FakeContext):
@@ -65,7 +42,7 @@ def mean_of(plan, table):
 
 @pytest.mark.parametrize("wanted", [0.0, 0.5, 0.999])
 def test_uniform_gives_every_layer_the_budget(wanted, unequal):
-    assert set(Uniform().allocate(unequal, wanted, FakeContext(unequal)).sparsities().values()) == {wanted}
+    assert set(allocate(Uniform(), unequal, wanted, FakeContext(unequal)).sparsities().values()) == {wanted}
 
 
 # ATP
@@ -76,7 +53,7 @@ def test_uniform_gives_every_layer_the_budget(wanted, unequal):
 )
 def test_atp_is_equation_10_with_exact_mean(wanted, beta, number, blocks):
     table = blocks(number)
-    plan = Arithmetic(beta).allocate(table, wanted, FakeContext(table))
+    plan = allocate(Arithmetic(beta), table, wanted, FakeContext(table))
     expected = [wanted - beta * (number - 1) / 2 + beta * (i - 1) for i in range(1, number + 1)]
     assert by_block(plan, table) == pytest.approx(expected, abs=1e-12)
     assert mean_of(plan, table) == pytest.approx(wanted, abs=1e-12)
@@ -115,7 +92,7 @@ def test_the_legal_maximum_is_where_a_block_reaches_a_bound(number, wanted):
 
 def test_one_block_is_uniform(blocks):
     table = blocks(1)
-    assert by_block(Arithmetic(0.3).allocate(table, 0.5, FakeContext(table)), table) == [0.5]
+    assert by_block(allocate(Arithmetic(0.3), table, 0.5, FakeContext(table)), table) == [0.5]
     assert beta_grid(0.5, 1) == [0.0]
 
 
@@ -123,13 +100,13 @@ def test_one_block_is_uniform(blocks):
 def test_a_beta_beyond_the_limit_is_refused_and_the_limit_named(beta, blocks):
     table = blocks(32)
     with pytest.raises(UsageError, match=r"-0\.0193548 <= beta <= 0\.0193548.*allocator\.beta=0\.019"):
-        Arithmetic(beta).allocate(table, 0.7, FakeContext(table))
+        allocate(Arithmetic(beta), table, 0.7, FakeContext(table))
 
 
 def test_a_beta_at_the_limit_is_legal(blocks):
     table = blocks(32)
     limit = legal_maximum(0.7, 32)
-    assert by_block(Arithmetic(limit).allocate(table, 0.7, FakeContext(table)), table)[-1] == pytest.approx(1)
+    assert by_block(allocate(Arithmetic(limit), table, 0.7, FakeContext(table)), table)[-1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("options", [{"step": 0.0}, {"step": -0.1}])
@@ -138,9 +115,9 @@ def test_atp_refuses_bad_hyper_parameters(options):
         Arithmetic(**options)
 
 
-def test_a_beta_that_is_not_a_number_is_refused(blocks):
+def test_a_beta_that_is_not_a_number_is_refused():
     with pytest.raises(UsageError):
-        Arithmetic(math.nan).check(0.5, 4)
+        Arithmetic(math.nan)
 
 
 @pytest.mark.parametrize("best", [0.0, 0.006, 0.018])
@@ -151,7 +128,7 @@ def test_auto_picks_the_beta_of_lowest_heldout_perplexity(best, blocks):
         values = by_block(plan, table)
         return 10 + abs(values[1] - values[0] - best)
 
-    plan = Arithmetic().allocate(table, 0.7, FakeContext(table, objective))
+    plan = allocate(Arithmetic(), table, 0.7, FakeContext(table, score=objective))
     assert plan.notes["beta"] == pytest.approx(best)
     assert by_block(plan, table) == pytest.approx(progression(0.7, best, 32))
     assert [t["beta"] for t in plan.trials] == beta_grid(0.7, 32)
@@ -161,11 +138,11 @@ def test_auto_picks_the_beta_of_lowest_heldout_perplexity(best, blocks):
 def test_a_search_without_any_finite_perplexity_is_refused(blocks):
     table = blocks(8)
     with pytest.raises(NumericsError, match="finite"):
-        Arithmetic().allocate(table, 0.7, FakeContext(table, lambda plan: math.inf))
+        allocate(Arithmetic(), table, 0.7, FakeContext(table, score=lambda plan: math.inf))
 
 
 def test_unequal_blocks_keep_the_parameter_budget(unequal):
-    plan = Arithmetic(0.1).allocate(unequal, 0.6, FakeContext(unequal))
+    plan = allocate(Arithmetic(0.1), unequal, 0.6, FakeContext(unequal))
     values = by_block(plan, unequal)
     assert mean_of(plan, unequal) == pytest.approx(0.6, abs=1e-12)
     assert [b - a for a, b in pairwise(values)] == pytest.approx([0.1, 0.1])
@@ -176,10 +153,10 @@ def test_unequal_blocks_keep_the_parameter_budget(unequal):
 
 def outlier_share(table, context, multiple):
     """Percent of a block's |W_ij| sqrt(square_j) above `multiple` times their mean, entry by entry."""
-    percents = []
+    percents, stats = [], context.stats(frozenset({NORM}))
     for block in sorted({x.block for x in table}):
         scores = [
-            abs(w) * math.sqrt(context.stats[x.name].square[j].item())
+            abs(w) * math.sqrt(stats[x.name].square[j].item())
             for x in table
             if x.block == block
             for row in context.tensors[x.name].double().tolist()
@@ -193,8 +170,8 @@ def outlier_share(table, context, multiple):
 @pytest.mark.parametrize(("wanted", "lam", "multiple"), [(0.7, 0.08, 3.0), (0.5, 0.2, 2.0), (0.6, 0.0, 5.0)])
 def test_owl_prunes_blocks_with_outliers_less(wanted, lam, multiple, blocks):
     table = blocks(5)
-    context = FakeContext(table)
-    plan = OWL(M=multiple, lam=lam).allocate(table, wanted, context)
+    context = FakeContext(table, weight=heavy_tailed)
+    plan = allocate(OWL(M=multiple, lam=lam), table, wanted, context)
     percents = outlier_share(table, context, multiple)
     assert len(set(percents)) > 2
     assert plan.notes["outlier_percent"] == pytest.approx(percents)
@@ -218,13 +195,13 @@ def test_a_constant_signal_is_uniform():
 @pytest.mark.parametrize("wanted", [0.0, 0.005, 0.02, 0.05, 0.97])
 def test_owl_keeps_the_budget_and_the_bounds_at_the_ends(wanted, blocks):
     table = blocks(5)
-    plan = OWL(M=2.0, lam=0.2).allocate(table, wanted, FakeContext(table))
+    plan = allocate(OWL(M=2.0, lam=0.2), table, wanted, FakeContext(table, weight=heavy_tailed))
     assert mean_of(plan, table) == pytest.approx(wanted, abs=1e-12)
     assert all(0 <= s <= 0.99 for s in plan.sparsities().values())
 
 
 def test_owl_keeps_the_parameter_budget_of_unequal_blocks(unequal):
-    plan = OWL(M=2.0).allocate(unequal, 0.6, FakeContext(unequal))
+    plan = allocate(OWL(M=2.0), unequal, 0.6, FakeContext(unequal, weight=heavy_tailed))
     assert mean_of(plan, unequal) == pytest.approx(0.6, abs=1e-12)
 
 
@@ -306,7 +283,7 @@ def test_alphapruning_is_linear_in_alpha_within_tau_and_meets_the_budget(mapping
     table = make_table(*([[(24, 16), (12, 24)]] * 4))
     context = FakeContext(table)
     tau, wanted = 0.3, 0.6
-    plan = AlphaPruning(tau, estimator, mapping).allocate(table, wanted, context)
+    plan = allocate(AlphaPruning(tau, estimator, mapping), table, wanted, context)
     alphas = plan.notes["alpha"]
     if mapping == "block":
         means = [sum(alphas[x.name] for x in table if x.block == b) / 2 for b in range(4)]
@@ -328,7 +305,7 @@ def test_at_high_sparsity_clipping_keeps_the_budget_and_the_release_does_not(nam
     clip, top = RISING[name]
     table = blocks(6)
     context = KnownAlphas(table, lambda block: 3.0 if block > 1 else 2.0)
-    plan = AlphaPruning(tau=0.5, clip=clip).allocate(table, 0.8, context)
+    plan = allocate(AlphaPruning(tau=0.5, clip=clip), table, 0.8, context)
     released = spectral_profile(table, context.alphas, 0.5, 0.8)
     assert max(released.values()) > 1
     assert max(plan.sparsities().values()) == top
@@ -343,7 +320,7 @@ def test_at_high_sparsity_clipping_keeps_the_budget_and_the_release_does_not(nam
 
 def test_equal_alphas_are_uniform(blocks):
     table = blocks(3)
-    plan = AlphaPruning().allocate(table, 0.7, KnownAlphas(table, lambda block: 3.0))
+    plan = allocate(AlphaPruning(), table, 0.7, KnownAlphas(table, lambda block: 3.0))
     assert by_block(plan, table) == pytest.approx([0.7] * 3)
 
 
@@ -351,15 +328,3 @@ def test_equal_alphas_are_uniform(blocks):
 def test_alphapruning_refuses_bad_hyper_parameters(options):
     with pytest.raises(UsageError):
         AlphaPruning(**options)
-
-
-@pytest.mark.parametrize("allocator", [Uniform(), Arithmetic(0.01), OWL(M=2.0), AlphaPruning()])
-@pytest.mark.parametrize("wanted", [0.0, 0.3, 0.9])
-def test_every_allocator_covers_every_layer_and_meets_the_budget(allocator, wanted, make_table):
-    table = make_table(*([[(24, 16), (12, 24)]] * 3))
-    if wanted == 0 and isinstance(allocator, Arithmetic):
-        allocator = Arithmetic(0.0)
-    plan = allocator.allocate(table, check_sparsity(wanted), FakeContext(table))
-    assert list(plan.targets) == [x.name for x in table]
-    assert mean_of(plan, table) == pytest.approx(wanted, abs=1e-9)
-    assert plan.ledger.wanted == wanted

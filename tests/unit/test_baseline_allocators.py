@@ -5,68 +5,43 @@ import math
 
 import pytest
 import torch
+from fakes import FakeContext
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsify.allocators import neuronal
 from sparsify.allocators.als import ALS, independence, redundancy, solve_program
-from sparsify.allocators.base import Context, outlier_mapping
+from sparsify.allocators.base import allocate, outlier_mapping
+from sparsify.allocators.context import Context
 from sparsify.allocators.dlp import DLP
 from sparsify.allocators.dsa import DSA, log_variance, searched_signal
 from sparsify.allocators.erdos_renyi import ErdosRenyi, ErdosRenyiPlus, er_densities
 from sparsify.allocators.lsa import LSA, minimal_error, released_beta
 from sparsify.allocators.neuronal import GRID, NeuronAL, activation_shift, legal_grid, schedule
 from sparsify.allocators.pooled import LAMP, Global, lamp_scores, shares_below
+from sparsify.data.inputs import as_inputs
 from sparsify.errors import BudgetError, NumericsError, UsageError
-from sparsify.model.statistics import LayerStats
+from sparsify.model.blocks import BlockView
+from sparsify.model.statistics import GRAM, NORM
+from sparsify.model.walk import Walk
+from sparsify.pruners.wanda import Wanda
 
 
-class FakeContext(Context):
-    """A dense model that is a dict of weights and of inputs."""
+def scores_of(context, name):
+    """|W_ij| ||X_j|| in plain numbers."""
+    norms = context.inputs[name].double().square().sum(0).sqrt().tolist()
+    return [abs(w) * norms[j] for row in context.tensors[name].double().tolist() for j, w in enumerate(row)]
 
-    seed = 0
-    progress = staticmethod(lambda done, total: None)
 
-    def __init__(self, table, spread=0.5):
-        self.table = table
-        torch.manual_seed(1)
-        self.tensors = {x.name: torch.randn(x.out_features, x.in_features) * (1 + spread * x.block) for x in table}
-        self.inputs = {x.name: torch.randn(40, x.in_features) * torch.rand(x.in_features) for x in table}
-        self.features = [torch.randn(2, 9, 6) for _ in range(table.num_blocks)]
-        self.moved = None
+def block_scores(context):
+    table = context.table
+    return [
+        [s for x in table if x.block == block for s in scores_of(context, x.name)] for block in range(table.num_blocks)
+    ]
 
-    def weights(self):
-        return self.tensors
 
-    def dense_stats(self, needs):
-        return {
-            name: LayerStats(1, x.square().sum(0) if "norm" in needs else None, x.T @ x if "gram" in needs else None)
-            for name, x in self.inputs.items()
-        }
-
-    def dense_blocks(self, needs):
-        stats = self.dense_stats(needs)
-        for block in range(self.table.num_blocks):
-            yield {x.name: stats[x.name] for x in self.table if x.block == block}
-
-    def hidden_states(self, windows):
-        yield from (x[:windows] for x in self.features)
-
-    def input_norms(self, plan, windows):
-        yield from self.moved(plan)
-
-    def once(self, key, make, *, of_weights=False):
-        return make()
-
-    def scores(self, name):
-        """|W_ij| ||X_j|| in plain numbers."""
-        norms = self.inputs[name].double().square().sum(0).sqrt().tolist()
-        return [abs(w) * norms[j] for row in self.tensors[name].double().tolist() for j, w in enumerate(row)]
-
-    def block_scores(self):
-        return [
-            [s for x in self.table if x.block == block for s in self.scores(x.name)]
-            for block in range(self.table.num_blocks)
-        ]
+def spread(amount):
+    return lambda x: torch.randn(x.out_features, x.in_features) * (1 + amount * x.block)
 
 
 def by_block(plan, table):
@@ -97,8 +72,8 @@ def naive_shares(scores, wanted):
 @pytest.mark.parametrize("wanted", [0.0, 0.1, 0.5, 0.7, 0.95])
 def test_global_takes_each_layers_share_of_the_lowest_wanda_scores(wanted, unequal):
     context = FakeContext(unequal)
-    plan = Global().allocate(unequal, wanted, context)
-    expected = naive_shares({x.name: context.scores(x.name) for x in unequal}, wanted)
+    plan = allocate(Global(), unequal, wanted, context)
+    expected = naive_shares({x.name: scores_of(context, x.name) for x in unequal}, wanted)
     # The counts are whole and the budget is not: the plan differs by less than a weight.
     assert plan.sparsities() == pytest.approx(expected, abs=1 / 48)
     assert mean_of(plan, unequal) == pytest.approx(wanted, abs=1e-12)
@@ -106,16 +81,16 @@ def test_global_takes_each_layers_share_of_the_lowest_wanda_scores(wanted, unequ
 
 def test_global_by_magnitude_reads_no_text(unequal):
     context = FakeContext(unequal)
-    context.dense_stats = None
-    plan = Global(score="magnitude").allocate(unequal, 0.5, context)
+    context.stats_by_block = None
+    plan = allocate(Global(score="magnitude"), unequal, 0.5, context)
     expected = naive_shares({n: w.abs().flatten().tolist() for n, w in context.tensors.items()}, 0.5)
     assert plan.sparsities() == pytest.approx(expected, abs=1 / 48)
 
 
 def test_global_may_empty_a_layer(blocks):
     table = blocks(2)
-    context = FakeContext(table, spread=1e4)
-    assert by_block(Global().allocate(table, 0.5, context), table) == pytest.approx([1.0, 0.0])
+    context = FakeContext(table, weight=spread(1e4))
+    assert by_block(allocate(Global(), table, 0.5, context), table) == pytest.approx([1.0, 0.0])
 
 
 @given(st.lists(st.lists(st.floats(0, 2.0**100, width=32), min_size=6, max_size=6), min_size=3, max_size=3), st.data())
@@ -144,7 +119,7 @@ def test_lamp_is_one_threshold_over_lamp_scores(wanted, unequal):
     for name, weight in context.tensors.items():
         squares = sorted(w * w for w in weight.flatten().double().tolist())
         scores[name] = [s / sum(squares[i:]) for i, s in enumerate(squares)]
-    plan = LAMP().allocate(unequal, wanted, context)
+    plan = allocate(LAMP(), unequal, wanted, context)
     assert plan.sparsities() == pytest.approx(naive_shares(scores, wanted), abs=1 / 48)
     assert mean_of(plan, unequal) == pytest.approx(wanted, abs=1e-12)
     assert max(plan.sparsities().values()) < 1
@@ -180,7 +155,7 @@ def test_erdos_renyi_keeps_the_budget_and_its_proportions(make_table, shapes, wa
 
 def test_erdos_renyi_plus_keeps_the_last_layer_dense_at_the_same_budget(blocks):
     table = blocks(6)
-    plain, plus = (kind().allocate(table, 0.6, FakeContext(table)) for kind in (ErdosRenyi, ErdosRenyiPlus))
+    plain, plus = (allocate(kind(), table, 0.6, FakeContext(table)) for kind in (ErdosRenyi, ErdosRenyiPlus))
     last = table.layers[-1].name
     assert plus.targets[last].sparsity == pytest.approx(0, abs=1e-12)
     assert mean_of(plus, table) == pytest.approx(mean_of(plain, table), abs=1e-12) == pytest.approx(0.6)
@@ -190,7 +165,7 @@ def test_erdos_renyi_plus_keeps_the_last_layer_dense_at_the_same_budget(blocks):
 def test_a_dense_last_layer_that_exceeds_the_budget_is_refused(make_table):
     table = make_table([(4, 4)], [(8, 8)])
     with pytest.raises(BudgetError, match=r"blocks\.1\.layer0.*sparsity <= 0\.2"):
-        ErdosRenyiPlus().allocate(table, 0.5, FakeContext(table))
+        allocate(ErdosRenyiPlus(), table, 0.5, FakeContext(table))
 
 
 # DLP
@@ -200,9 +175,9 @@ def test_a_dense_last_layer_that_exceeds_the_budget_is_refused(make_table):
 def test_dlp_prunes_blocks_with_large_scores_more(statistic, blocks):
     table = blocks(5)
     context = FakeContext(table)
-    pooled = [sorted(scores) for scores in context.block_scores()]
+    pooled = [sorted(scores) for scores in block_scores(context)]
     signal = [sum(s) / len(s) if statistic == "mean" else s[(len(s) - 1) // 2] for s in pooled]
-    plan = DLP(alpha=0.15, statistic=statistic).allocate(table, 0.7, context)
+    plan = allocate(DLP(alpha=0.15, statistic=statistic), table, 0.7, context)
     assert plan.notes["block_score"] == pytest.approx(signal, rel=1e-5)
     assert by_block(plan, table) == pytest.approx(mapped([1 - s / sum(signal) for s in signal], 0.3, 0.7), abs=1e-6)
     largest = max(range(5), key=signal.__getitem__)
@@ -228,7 +203,7 @@ def test_dsa_prunes_varied_blocks_more_and_treats_those_out_of_range_as_the_leas
     table = blocks(4)
     variances = [0.5, 1.2, 1.0, 1.9]
     monkeypatch.setattr("sparsify.allocators.dsa.wanda_by_block", lambda *_: variances)
-    plan = DSA(lam=0.1).allocate(table, 0.6, FakeContext(table))
+    plan = allocate(DSA(lam=0.1), table, 0.6, FakeContext(table))
     signal = [math.asin(math.atan(v)) if v < math.tan(1) else 0.0 for v in variances]
     assert by_block(plan, table) == pytest.approx(mapped([-s for s in signal], 0.2, 0.6))
     assert min(by_block(plan, table)) == by_block(plan, table)[3]
@@ -237,7 +212,7 @@ def test_dsa_prunes_varied_blocks_more_and_treats_those_out_of_range_as_the_leas
 def test_dsa_refuses_a_model_on_which_its_function_says_nothing(blocks, monkeypatch):
     monkeypatch.setattr("sparsify.allocators.dsa.wanda_by_block", lambda *_: [1.6, 2.5, 1.9])
     with pytest.raises(NumericsError, match=r"1\.6 to 2\.5.*1\.557"):
-        DSA().allocate(blocks(3), 0.6, FakeContext(blocks(3)))
+        allocate(DSA(), blocks(3), 0.6, FakeContext(blocks(3)))
 
 
 # ALS
@@ -284,7 +259,7 @@ def test_als_keeps_blocks_that_say_something_of_their_own(blocks):
     context = FakeContext(table)
     shared = torch.randn(2, 9, 6)
     context.features = [torch.randn(2, 9, 6), shared, 5 * shared, shared]
-    plan = ALS().allocate(table, 0.5, context)
+    plan = allocate(ALS(), table, 0.5, context)
     assert by_block(plan, table)[0] == pytest.approx(0.3)
     assert sorted(by_block(plan, table)) == pytest.approx([0.3, 0.3, 0.7, 0.7])
     assert mean_of(plan, table) == pytest.approx(0.5, abs=1e-12)
@@ -295,7 +270,7 @@ def test_als_keeps_blocks_that_say_something_of_their_own(blocks):
 
 def test_the_schedule_is_linear_over_depth(blocks):
     table = blocks(5)
-    assert by_block(schedule(table, 0.1, 0.7), table) == pytest.approx([0.6, 0.65, 0.7, 0.75, 0.8])
+    assert by_block(schedule(table, 0.1, 0.7).fitted(table, 0.7), table) == pytest.approx([0.6, 0.65, 0.7, 0.75, 0.8])
 
 
 def test_the_grid_is_the_releases_and_stays_legal():
@@ -304,16 +279,22 @@ def test_the_grid_is_the_releases_and_stays_legal():
     assert legal_grid(0.0) == [0.0]
 
 
-def test_the_activation_shift_by_hand(blocks):
+@pytest.fixture
+def moving(monkeypatch):
+    """Say what pruning by a plan does to the input norms."""
+    return lambda moved: monkeypatch.setattr(neuronal, "input_norms", lambda context, plan, windows: moved(plan))
+
+
+def test_the_activation_shift_by_hand(blocks, moving):
     table = blocks(1)
-    context = FakeContext(table)
     before, after = torch.tensor([1.0, 3.0]), torch.tensor([4.0, 4.0])
-    context.moved = lambda plan: [(before, after), (before, 2 * before)]
+    moving(lambda plan: [(before, after), (before, 2 * before)])
     # (1/4, 3/4) - (1/2, 1/2) has norm sqrt(2) / 4, over two entries; a mere change of scale costs nothing.
-    assert activation_shift(context, schedule(table, 0.0, 0.5), 8) == pytest.approx(math.sqrt(2) / 8)
+    plan = schedule(table, 0.0, 0.5).fitted(table, 0.5)
+    assert activation_shift(FakeContext(table), plan, 8) == pytest.approx(math.sqrt(2) / 8)
 
 
-def test_neuronal_picks_the_schedule_that_moves_the_activations_least(blocks):
+def test_neuronal_picks_the_schedule_that_moves_the_activations_least(blocks, moving):
     table = blocks(4)
     context = FakeContext(table)
 
@@ -322,61 +303,41 @@ def test_neuronal_picks_the_schedule_that_moves_the_activations_least(blocks):
         gap = abs((values[-1] - values[0]) / 2 - 0.12)
         yield torch.tensor([1.0, 1.0]), torch.tensor([1.0 + gap, 1.0])
 
-    context.moved = moved
-    plan = NeuronAL().allocate(table, 0.6, context)
+    moving(moved)
+    plan = allocate(NeuronAL(), table, 0.6, context)
     assert plan.notes["lam"] == 0.12
     assert [t["lam"] for t in plan.trials] == list(GRID)
     assert by_block(plan, table) == pytest.approx([0.48, 0.56, 0.64, 0.72])
-    assert by_block(NeuronAL(lam=0.12).allocate(table, 0.6, context), table) == by_block(plan, table)
+    assert by_block(allocate(NeuronAL(lam=0.12), table, 0.6, context), table) == by_block(plan, table)
 
 
-def test_the_input_norms_of_a_context_are_those_around_pruning_and_leave_the_model_dense(make_model, tokens):
-    from sparsify.allocators.context import DenseContext
-    from sparsify.model.blocks import BlockView
-    from sparsify.model.walk import Walk
-    from sparsify.pruners.wanda import Wanda
-
+def test_the_input_norms_are_those_around_pruning_and_the_model_is_dense_again(make_model, tokens):
     view = BlockView(make_model())
     dense = view.snapshot()
-    plan = schedule(view.table, 0.2, 0.5)
-    context = DenseContext(view, tokens, pruner=Wanda())
-    found = dict(zip((x.name for x in view.table), context.input_norms(plan, 3), strict=True))
+    plan = schedule(view.table, 0.2, 0.5).fitted(view.table, 0.5)
+    context = Context(view, as_inputs(tokens), pruner=Wanda())
+    norms = dict(zip((x.name for x in view.table), neuronal.input_norms(context, plan, 3), strict=True))
     assert all(torch.equal(layer.weight, dense[layer.spec.name]) for layer in view.layers)
     walk = Walk(view, tokens[:3])
     for block in range(2):
-        before = walk.observe(block, frozenset({"norm"}))
+        before = walk.observe(block, frozenset({NORM}))
         for layer in view.layers_of(block):
             name = layer.spec.name
             layer.write(Wanda().prune(layer.weight, before[name], plan.targets[name]).weight)
-        after = walk.observe(block, frozenset({"norm"}), advance=True)
+        after = walk.observe(block, frozenset({NORM}), advance=True)
         for layer in view.layers_of(block):
-            torch.testing.assert_close(found[layer.spec.name][0], before[layer.spec.name].norm)
-            torch.testing.assert_close(found[layer.spec.name][1], after[layer.spec.name].norm)
-    moved = [name for name, (a, b) in found.items() if not torch.equal(a, b)]
+            torch.testing.assert_close(norms[layer.spec.name][0], before[layer.spec.name].norm)
+            torch.testing.assert_close(norms[layer.spec.name][1], after[layer.spec.name].norm)
+    moved = [name for name, (a, b) in norms.items() if not torch.equal(a, b)]
     assert {name.rsplit(".", 1)[-1] for name in moved} >= {"o_proj", "down_proj"}
     view.restore(dense)
 
 
-def test_the_hidden_states_of_a_context_are_what_enters_each_block(make_model, tokens):
-    from sparsify.allocators.context import DenseContext
-    from sparsify.model.blocks import BlockView
-
-    model = make_model()
-    seen = [x.clone() for x in DenseContext(BlockView(model), tokens).hidden_states(2)]
-    with torch.no_grad():
-        states = model(tokens[:2], output_hidden_states=True).hidden_states
-    assert len(seen) == 2
-    for have, want in zip(seen, states, strict=False):
-        torch.testing.assert_close(have, want)
-
-
 def test_trials_need_a_pruner(make_model, tokens):
-    from sparsify.allocators.context import DenseContext
-    from sparsify.model.blocks import BlockView
-
     view = BlockView(make_model())
+    plan = schedule(view.table, 0.1, 0.5).fitted(view.table, 0.5)
     with pytest.raises(UsageError, match="pruner"):
-        list(DenseContext(view, tokens).input_norms(schedule(view.table, 0.1, 0.5), 2))
+        list(neuronal.input_norms(Context(view, as_inputs(tokens)), plan, 2))
 
 
 # LSA
@@ -417,7 +378,7 @@ def test_greedy_removal_loses_less_than_removal_by_wanda_score():
 def test_lsa_prunes_blocks_with_a_large_error_more(blocks):
     table = blocks(4)
     context = FakeContext(table)
-    stats = context.dense_stats({"gram"})
+    stats = context.stats(frozenset({GRAM}))
     errors = [
         sum(
             naive_error(row, stats[x.name].gram.double().tolist(), 0.5, 4)
@@ -428,7 +389,7 @@ def test_lsa_prunes_blocks_with_a_large_error_more(blocks):
         / 2
         for block in range(4)
     ]
-    plan = LSA(group=4).allocate(table, 0.7, context)
+    plan = allocate(LSA(group=4), table, 0.7, context)
     assert plan.notes["reconstruction_error"] == pytest.approx(errors, rel=1e-4)
     expected = mapped([1 - e / sum(errors) for e in errors], 0.3, 0.7)
     assert by_block(plan, table) == pytest.approx(expected, abs=1e-4)
@@ -437,9 +398,9 @@ def test_lsa_prunes_blocks_with_a_large_error_more(blocks):
 def test_layers_that_share_an_input_cost_what_they_cost_apart(make_table):
     table = make_table([(3, 6), (5, 6)])
     context = FakeContext(table)
-    one = context.dense_stats({"gram"})["blocks.0.layer0"]
-    context.dense_blocks = lambda needs: iter([dict.fromkeys((x.name for x in table), one)])
-    plan = LSA(group=4).allocate(table, 0.5, context)
+    one = context.stats(frozenset({GRAM}))["blocks.0.layer0"]
+    context.stats_by_block = lambda needs: iter([dict.fromkeys((x.name for x in table), one)])
+    plan = allocate(LSA(group=4), table, 0.5, context)
     apart = [float(minimal_error(w, one.gram, 0.5, 4)) for w in context.tensors.values()]
     assert plan.notes["reconstruction_error"] == pytest.approx([sum(apart) / 2])
 
@@ -458,14 +419,13 @@ EVERY = [Global(), Global("magnitude"), LAMP(), ErdosRenyi(), ErdosRenyiPlus(), 
 
 @pytest.mark.parametrize("allocator", EVERY, ids=repr)
 @pytest.mark.parametrize("wanted", [0.0, 0.02, 0.3, 0.7, 0.95])
-def test_every_baseline_covers_every_layer_and_meets_the_budget(allocator, wanted, make_table):
+def test_every_baseline_covers_every_layer_and_meets_the_budget(allocator, wanted, make_table, moving):
     table = make_table(*([[(12, 8), (6, 12)]] * 24), [(3, 8), (6, 3)])
-    context = FakeContext(table, spread=0.1)
-    context.moved = lambda plan: [(torch.ones(3), torch.ones(3))]
+    context = FakeContext(table, weight=spread(0.1))
+    moving(lambda plan: [(torch.ones(3), torch.ones(3))])
     if isinstance(allocator, DSA):  # Gaussian weights are too varied for its function
         context.tensors = {name: w.sign() * (1 + torch.rand_like(w)) for name, w in context.tensors.items()}
-    allocator.check(wanted, table.num_blocks)
-    plan = allocator.allocate(table, wanted, context)
+    plan = allocate(allocator, table, wanted, context)
     assert list(plan.targets) == [x.name for x in table]
     assert mean_of(plan, table) == pytest.approx(wanted, abs=1e-9)
     assert plan.ledger.wanted == wanted

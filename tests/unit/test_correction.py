@@ -10,9 +10,10 @@ from omegaconf import OmegaConf
 
 from sparsify.analysis.absorption import absorption
 from sparsify.analysis.drift import drift
-from sparsify.analysis.perturbation import Noise, Pruned
+from sparsify.analysis.perturbation import Noise, PrunedBlock
 from sparsify.data.corpora import Corpus
-from sparsify.data.windows import TokenWindows, Windows
+from sparsify.data.inputs import TokenInputs
+from sparsify.data.windows import Windows
 from sparsify.errors import UsageError
 from sparsify.evaluation.absorption import AbsorptionCurves
 from sparsify.evaluation.base import Evaluator, Subject
@@ -156,22 +157,23 @@ def test_a_component_inside_another_is_named_in_its_column():
 
 
 def test_a_component_inside_another_may_be_swapped_and_is_built():
-    assert registry.build("allocator", "absorption").source == Pruned(registry.build("pruner", "wanda"))
+    assert registry.build("allocator", "absorption").source == PrunedBlock(registry.build("pruner", "wanda"))
     assert registry.build("allocator", ("absorption", {"control": "ramp"})).control == "ramp"
 
 
 @pytest.fixture
 def measured(make_model, tokens):
-    """A model of four blocks with the record of one evaluation."""
+    """A model of four blocks, and what one evaluation found."""
     model = make_model(num_hidden_layers=4)
     evaluator = AbsorptionCurves(Windows(Corpus("text"), "train", 12, 5), Noise(0.1), limit=3, seeds=2, followed=2)
     assert isinstance(evaluator, Evaluator)
-    found = evaluator.evaluate(Subject(model, None, lambda _: TokenWindows(tokens, {"source": "ids"}), {}))
-    return BlockView(model), found
+    text, view = TokenInputs(tokens, "train", {"source": "ids"}), BlockView(model)
+    return view, evaluator.evaluate(Subject(view, None, lambda _: text, {}))
 
 
 def test_the_evaluation_holds_the_curves_of_the_drift(measured, tokens):
-    view, found = measured
+    view, result = measured
+    found = result.to_json()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     moved = drift(view, tokens[:3], Noise(0.1), seeds=2)
     read = absorption(moved)
@@ -198,12 +200,12 @@ def test_the_evaluation_holds_the_curves_of_the_drift(measured, tokens):
 
 def test_one_window_and_one_draw_have_no_standard_error(make_model, tokens):
     evaluator = AbsorptionCurves(Windows(Corpus("text"), "train", 12, 5), Noise(0.1), limit=1, seeds=1)
-    text = TokenWindows(tokens, {"source": "ids"})
+    text = TokenInputs(tokens, "train", {"source": "ids"})
     told = []
-    subject = Subject(make_model(), None, lambda _: text, {}, progress=lambda done, total: told.append((done, total)))
-    found = evaluator.evaluate(subject)
-    assert not [item for item in (found, *found["more"]) if "curve_stderr" in item]
-    assert told[-1] == (len(found["curve"]), len(found["curve"]))
+    view = BlockView(make_model())
+    result = evaluator.evaluate(Subject(view, None, lambda _: text, {}, progress=lambda *phase: told.append(phase)))
+    assert not [item for item in (result, *result.more) if item.curve_stderr]
+    assert told[-1] == ("block", len(result.curve), len(result.curve))
 
 
 @pytest.mark.parametrize("options", [{"limit": 0}, {"seeds": 0}, {"followed": 0}])
@@ -232,14 +234,14 @@ def dense(measured):
     item, shared = measured[1], {"key": "a", "protocol": "W2", "text_sha256": "0"}
     rows = [shared | {"evaluation": "test", "metric": "perplexity", "value": 9.0}]
     for name in ("noise_1", "noise_2"):
-        for part in (item, *item["more"]):
-            evaluation = name if part is item else f"{name}.{part['metric']}"
+        for part in (item, *item.more):
+            evaluation = name if part is item else f"{name}.{part.metric}"
             rows.append(shared | {"evaluation": evaluation} | frame._measurement(part))
     return frame.wide(pd.DataFrame(rows))
 
 
 def test_a_disturbance_is_a_row_of_thirds(dense, measured):
-    r = torch.tensor(measured[1]["curve"])
+    r = torch.tensor(measured[1].curve)
     table = absorption_report.summary(absorption_report.disturbances(CURVES, dense))
     assert list(table.index.get_level_values("disturbance")) == ["small", "large"]
     row = list(table.iloc[0])

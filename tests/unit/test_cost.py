@@ -2,13 +2,16 @@ import pytest
 
 from sparsify.runs import identity, menu
 from sparsify.runs.cost import Costs
+from sparsify.runs.record import Record, Recorded
+from sparsify.types import Evaluation
 
 
 def finished(overrides, seconds):
     """A finished record of these overrides that took so many seconds a step."""
     config = menu.compose(overrides)
-    evaluations = {name: {} for name in seconds if name not in ("load", "prune")}
-    return {"science": identity.science(config), "seconds": seconds, "evaluations": evaluations}
+    result = Recorded("key", Evaluation(metric="perplexity", value=1.0, protocol="p"))
+    evaluations = {name: result for name in seconds if name not in ("load", "prune")}
+    return Record("key", "done", identity.science(config), {}, evaluations=evaluations, seconds=seconds)
 
 
 def expected(costs, *overrides, evaluations=("test",)):

@@ -28,7 +28,7 @@ def corpus(tmp_path, monkeypatch):
 
 
 def cut(corpus, seed=0, **options):
-    return Windows(corpus, "train", **options).cut(Letters(), seed)
+    return Windows(corpus, "train", **options).inputs(Letters(), seed)
 
 
 def test_joined_windows_tokenise_once_and_cut_in_order(corpus):
@@ -113,7 +113,7 @@ def test_provenance_names_text_and_tokens(corpus):
 
 
 def test_a_model_without_tokenizer_gets_seeded_noise(corpus):
-    first, again, other = (Windows(corpus, "train", 8, 4).cut(None, seed).tokens for seed in (0, 0, 1))
+    first, again, other = (Windows(corpus, "train", 8, 4).inputs(None, seed).tokens for seed in (0, 0, 1))
     assert first.shape == (4, 8)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -147,7 +147,7 @@ def test_wikitext_rows_are_those_of_the_hub(tmp_path, monkeypatch):
     (tmp_path / "wiki.test.raw").write_text(" \n = Robert = \n \n Robert is , say , a boulder . \n", newline="")
     rows = Corpus("wikitext2", {"test": ["wiki.test.raw"]}).texts("test")
     assert rows == ["", " = Robert = \n", "", " Robert is , say , a boulder . \n"]
-    joined = Windows(Corpus("wikitext2", {"test": ["wiki.test.raw"]}), "test", 5).cut(Letters(), 0).tokens
+    joined = Windows(Corpus("wikitext2", {"test": ["wiki.test.raw"]}), "test", 5).inputs(Letters(), 0).tokens
     assert "".join(map(chr, joined.flatten()[1:].tolist())).startswith("\n\n = Robert = \n\n\n\n\n Robert")
 
 

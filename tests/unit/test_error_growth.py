@@ -1,23 +1,26 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
+import swaps
 import torch
 from torch.nn import functional as F
 
 from sparsify import paths
-from sparsify.analysis import swaps
 from sparsify.analysis.error_growth import METRICS, Growth, error_growth
 from sparsify.data.corpora import Corpus
-from sparsify.data.windows import TokenWindows, Windows
+from sparsify.data.inputs import TokenInputs
+from sparsify.data.windows import Windows
 from sparsify.errors import NumericsError, UsageError
 from sparsify.evaluation.base import Evaluator, Subject
 from sparsify.evaluation.error_growth import ErrorGrowth
 from sparsify.model.blocks import BlockView
 from sparsify.report import curves, frame
 from sparsify.report.layouts import table_config
+from sparsify.types import Measurement
 
 LAYOUT = table_config("error_growth")
 
@@ -110,7 +113,8 @@ def test_the_evaluator_measures_and_leaves_the_model_alone(pruned, tokens):
     before = view.snapshot()
     evaluator = ErrorGrowth(Windows(Corpus("text"), "heldout", 12, 5))
     assert isinstance(evaluator, Evaluator)
-    found = evaluator.evaluate(Subject(model, None, lambda _: TokenWindows(tokens, {"source": "ids"}), dense))
+    text = TokenInputs(tokens, "heldout", {"source": "ids"})
+    found = evaluator.evaluate(Subject(view, None, lambda _: text, dense)).to_json()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert (found["metric"], found["protocol"]) == ("relative_error", "text-heldout@12x5")
     everything = [found, *found["more"]]
@@ -121,10 +125,10 @@ def test_the_evaluator_measures_and_leaves_the_model_alone(pruned, tokens):
 
 
 def test_one_window_has_no_standard_error(pruned, tokens):
-    model, _, dense = pruned
-    text = TokenWindows(tokens[:1], {"source": "ids"})
-    found = ErrorGrowth(Windows(Corpus("text"), "heldout", 12, 1)).evaluate(Subject(model, None, lambda _: text, dense))
-    assert "stderr" not in found
+    _, view, dense = pruned
+    text = TokenInputs(tokens[:1], "heldout", {"source": "ids"})
+    growth = ErrorGrowth(Windows(Corpus("text"), "heldout", 12, 1)).evaluate(Subject(view, None, lambda _: text, dense))
+    assert growth.stderr is None
 
 
 def measured(allocator, beta, height):
@@ -132,11 +136,12 @@ def measured(allocator, beta, height):
     shared = {"key": f"{allocator}{beta}", "model": "m", "scale": "s", "pruner": "wanda", "allocator": allocator}
     shared |= {"allocator.beta": beta, "sparsity": 0.7, "protocol": "t@8", "text_sha256": "0"}
     curve = [height * (i + 1) for i in range(8)]
-    item = {"metric": "relative_error", "value": curve[-1], "stderr": 0.1, "curve": curve, "curve_stderr": [0.1] * 8}
-    rows = [shared | {"evaluation": "test"} | frame._measurement({"metric": "perplexity", "value": 100 * height})]
+    item = Measurement(metric="relative_error", value=curve[-1], stderr=0.1, curve=curve, curve_stderr=[0.1] * 8)
+    perplexity = Measurement(metric="perplexity", value=100 * height)
+    rows = [shared | {"evaluation": "test"} | frame._measurement(perplexity)]
     rows += [shared | {"evaluation": "error_growth"} | frame._measurement(item)]
     for name in METRICS:
-        rows.append(shared | {"evaluation": f"error_growth.{name}"} | frame._measurement(item | {"metric": name}))
+        rows.append(shared | {"evaluation": f"error_growth.{name}"} | frame._measurement(replace(item, metric=name)))
     return rows
 
 

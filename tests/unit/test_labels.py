@@ -1,6 +1,6 @@
 import pytest
 
-from sparsify.runs import cells, labels, menu
+from sparsify.runs import labels, menu, planning
 
 
 @pytest.mark.parametrize(
@@ -47,5 +47,5 @@ def test_what_papers_use_for_a_model_is_no_difference():
     ["allocator=owl allocator.lam=0.05,0.08,0.1", "seed=0,1", "pruner.group=row,matrix", "calibration.windows=2,3"],
 )
 def test_no_two_cells_of_a_sweep_look_the_same(sweep):
-    jobs = cells.grid(sweep.split())
+    jobs = planning.grid(sweep.split())
     assert len({labels.describe(menu.compose(job)) for job in jobs}) == len(jobs)

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparsify
 from sparsify.errors import DataError, NumericsError
-from sparsify.model import loss as module
+from sparsify.model import objective as module
 
 SIZES = {
     "vocab_size": 96,

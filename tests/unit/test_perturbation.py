@@ -9,13 +9,15 @@ from torch import nn
 
 from sparsify.allocators.absorption import AbsorptionCorrected
 from sparsify.allocators.arithmetic import Arithmetic
+from sparsify.allocators.base import allocate
 from sparsify.allocators.budget import weighted_mean
-from sparsify.allocators.context import DenseContext
+from sparsify.allocators.context import Context
 from sparsify.allocators.owl import OWL
 from sparsify.allocators.spectral import AlphaPruning
 from sparsify.analysis.absorption import Reading, absorption
 from sparsify.analysis.drift import Drift, drift
-from sparsify.analysis.perturbation import Noise, Pruned, branch, normal, plus
+from sparsify.analysis.perturbation import Noise, PrunedBlock, branch, normal, plus
+from sparsify.data.inputs import as_inputs
 from sparsify.errors import NumericsError, UsageError
 from sparsify.model.blocks import BlockView
 from sparsify.runs import registry
@@ -47,8 +49,8 @@ class Toy(nn.Module):
     def base_model(self):
         return self
 
-    def forward(self, tokens, use_cache=False):
-        hidden = self.embed(tokens)
+    def forward(self, input_ids, use_cache=False):
+        hidden = self.embed(input_ids)
         for layer in self.layers:
             hidden = layer(hidden)
         return hidden
@@ -120,7 +122,7 @@ def test_a_drift_is_that_of_two_whole_forwards(make_model, tokens, site):
 def test_the_model_is_left_alone_even_by_an_exception(make_model, tokens, source, monkeypatch):
     view = BlockView(make_model())
     dense = view.snapshot()
-    source = Pruned(registry.build("pruner", "wanda"), 0.5) if source == "pruned" else source
+    source = PrunedBlock(registry.build("pruner", "wanda"), 0.5) if source == "pruned" else source
     drift(view, tokens, source)
     for place in ("drift._inner", "perturbation.plus" if isinstance(source, Noise) else "drift._turn"):
         with monkeypatch.context() as patch:
@@ -135,7 +137,7 @@ def test_the_model_is_left_alone_even_by_an_exception(make_model, tokens, source
 def test_a_pruned_block_drifts_as_far_as_its_sparsity(make_model, tokens):
     view = BlockView(make_model())
     wanda = registry.build("pruner", "wanda")
-    sizes = [float(drift(view, tokens, Pruned(wanda, s)).relative[0, 0].mean()) for s in (0.1, 0.5, 0.9)]
+    sizes = [float(drift(view, tokens, PrunedBlock(wanda, s)).relative[0, 0].mean()) for s in (0.1, 0.5, 0.9)]
     assert sizes == sorted(sizes)
     assert sizes[0] > 0
 
@@ -195,7 +197,7 @@ def test_spared_tokens_are_left_alone(make_model, tokens, site):
         (Noise, {"site": "weights", "spared": 1}),
         (Reading, {"clip": 0.0}),
         (Reading, {"clip": math.inf}),
-        (Pruned, {"sparsity": 1.5}),
+        (PrunedBlock, {"sparsity": 1.5}),
     ],
 )
 def test_settings_out_of_range_are_refused(kind, options):
@@ -212,8 +214,8 @@ def test_settings_out_of_range_are_refused(kind, options):
         (Reading, {"norm": "tokn"}, "token, frobenius"),
         (Reading, {"average": "mean"}, "geometric, token_ratios"),
         (Reading, {"clip": "big"}, "a number above 0"),
-        (Pruned, {"pruner": "wanda"}, "pruner@allocator.source.pruner=wanda"),
-        (Pruned, {"sparsity": "much"}, "0 < sparsity < 1"),
+        (PrunedBlock, {"pruner": "wanda"}, "pruner@allocator.source.pruner=wanda"),
+        (PrunedBlock, {"sparsity": "much"}, "0 < sparsity < 1"),
         (AbsorptionCorrected, {"inner": "owl"}, "allocator@allocator.inner=<name>"),
         (AbsorptionCorrected, {"source": None}, "perturbation@allocator.source=<name>"),
         (AbsorptionCorrected, {"reading": None}, "allocator.reading.average=<name>"),
@@ -326,11 +328,11 @@ def context_of(view, tokens, losses=None, **options):
     """A context whose objective is a table of losses by the first block's sparsity, in the order asked."""
     asked = []
 
-    def objective(plan):
+    def score(plan):
         asked.append(plan)
         return losses[len(asked) - 1]
 
-    return DenseContext(view, tokens, try_plan=objective, heldout=tokens, **options), asked
+    return Context(view, as_inputs(tokens), as_inputs(tokens), try_plan=score, **options), asked
 
 
 @pytest.fixture
@@ -350,9 +352,9 @@ def by_block(plan, view):
 def test_the_correction_is_d_over_its_bound_and_keeps_the_budget(view, tokens, control):
     context, _ = context_of(view, tokens)
     allocator = AbsorptionCorrected(Arithmetic(0.02), 0.3, Noise(0.1), windows=3, control=control)
-    plan = allocator.allocate(view.table, 0.5, context)
+    plan = allocate(allocator, view.table, 0.5, context)
     assert spent(plan, view) == pytest.approx(0.5)
-    base = by_block(Arithmetic(0.02).allocate(view.table, 0.5, context), view)
+    base = by_block(allocate(Arithmetic(0.02), view.table, 0.5, context), view)
     moved = by_block(plan, view) - base
     d = absorption(drift(view, tokens[:3], Noise(0.1))).D.numpy() / (2 * math.log(3))
     expected = {
@@ -372,24 +374,24 @@ def test_the_correction_is_d_over_its_bound_and_keeps_the_budget(view, tokens, c
 @pytest.mark.parametrize("inner", [Arithmetic(0.02), AlphaPruning(tau=0.9, clip=False)])
 def test_strength_zero_is_the_inner_allocation(view, tokens, inner):
     context, _ = context_of(view, tokens)
-    base = inner.allocate(view.table, 0.7, context)
-    plan = AbsorptionCorrected(inner, 0.0).allocate(view.table, 0.7, context)
+    base = allocate(inner, view.table, 0.7, context)
+    plan = allocate(AbsorptionCorrected(inner, 0.0), view.table, 0.7, context)
     assert (plan.targets, plan.ledger) == (base.targets, base.ledger)
 
 
 def test_what_the_inner_allocator_tried_and_noted_is_kept(view, tokens):
     context, _ = context_of(view, tokens, losses=[9.0, 7.0, 8.0, 9.0, 6.0, 5.0])
     inner = Arithmetic("auto", step=0.1)
-    plan = AbsorptionCorrected(inner, grid=[0.0, 0.2]).allocate(view.table, 0.5, context)
+    plan = allocate(AbsorptionCorrected(inner, grid=[0.0, 0.2]), view.table, 0.5, context)
     assert [set(trial) - {"heldout_perplexity"} for trial in plan.trials] == [{"beta"}] * 4 + [{"strength"}] * 2
     owl, context = OWL(), context_of(view, tokens)[0]
-    noted = owl.allocate(view.table, 0.5, context).notes["outlier_percent"]
-    assert AbsorptionCorrected(owl, 0.2).allocate(view.table, 0.5, context).notes["inner.outlier_percent"] == noted
+    noted = allocate(owl, view.table, 0.5, context).notes["outlier_percent"]
+    assert allocate(AbsorptionCorrected(owl, 0.2), view.table, 0.5, context).notes["inner.outlier_percent"] == noted
 
 
 def test_the_strength_is_chosen_on_heldout_text(view, tokens):
     context, asked = context_of(view, tokens, losses=[9.0, 7.0, 8.0])
-    plan = AbsorptionCorrected(Arithmetic(0.0), grid=[0.0, 0.2, 0.4]).allocate(view.table, 0.5, context)
+    plan = allocate(AbsorptionCorrected(Arithmetic(0.0), grid=[0.0, 0.2, 0.4]), view.table, 0.5, context)
     assert (plan.notes["strength"], len(asked)) == (0.2, 3)
     assert [trial["heldout_perplexity"] for trial in plan.trials] == [9.0, 7.0, 8.0]
     assert plan.targets == asked[1].targets
@@ -397,17 +399,17 @@ def test_the_strength_is_chosen_on_heldout_text(view, tokens):
 
 def test_a_strength_that_breaks_the_model_is_not_chosen(view, tokens):
     context, _ = context_of(view, tokens, losses=[math.nan, 8.0])
-    plan = AbsorptionCorrected(Arithmetic(0.0), grid=[0.0, 0.2]).allocate(view.table, 0.5, context)
+    plan = allocate(AbsorptionCorrected(Arithmetic(0.0), grid=[0.0, 0.2]), view.table, 0.5, context)
     assert plan.notes["strength"] == 0.2
     assert [trial["heldout_perplexity"] for trial in plan.trials] == [None, 8.0]
     context, _ = context_of(view, tokens, losses=[math.nan, math.inf])
     with pytest.raises(NumericsError, match="No strength"):
-        AbsorptionCorrected(Arithmetic(0.0), grid=[0.0, 0.2]).allocate(view.table, 0.5, context)
+        allocate(AbsorptionCorrected(Arithmetic(0.0), grid=[0.0, 0.2]), view.table, 0.5, context)
 
 
 def test_the_budget_is_met_where_the_correction_meets_the_bounds(view, tokens):
     context, _ = context_of(view, tokens)
-    plan = AbsorptionCorrected(Arithmetic(0.0), 8.0, Noise(0.1)).allocate(view.table, 0.8, context)
+    plan = allocate(AbsorptionCorrected(Arithmetic(0.0), 8.0, Noise(0.1)), view.table, 0.8, context)
     assert spent(plan, view) == pytest.approx(0.8)
     assert {0.0, 0.99} & {round(x, 6) for x in by_block(plan, view)}
 
@@ -415,7 +417,7 @@ def test_the_budget_is_met_where_the_correction_meets_the_bounds(view, tokens):
 def test_answers_belong_to_a_text_of_a_shape_or_to_the_weights(view, tokens):
     memo = {}
     texts = (tokens[:4], tokens[:4].reshape(8, 6), tokens[:4])
-    contexts = [DenseContext(view, text, memo=memo) for text in texts]
+    contexts = [Context(view, as_inputs(text), memo=memo) for text in texts]
     assert [context.once("of text", lambda i=i: i) for i, context in enumerate(contexts)] == [0, 1, 0]
     assert [context.once("of weights", lambda i=i: i, of_weights=True) for i, context in enumerate(contexts)] == [0] * 3
 
@@ -423,16 +425,16 @@ def test_answers_belong_to_a_text_of_a_shape_or_to_the_weights(view, tokens):
 def test_a_pruned_block_takes_the_wanted_sparsity(view, tokens):
     context, _ = context_of(view, tokens)
     wanda = registry.build("pruner", "wanda")
-    open_ended = AbsorptionCorrected(Arithmetic(0.0), 0.2, Pruned(wanda)).allocate(view.table, 0.6, context)
-    given = AbsorptionCorrected(Arithmetic(0.0), 0.2, Pruned(wanda, 0.6)).allocate(view.table, 0.6, context)
+    open_ended = allocate(AbsorptionCorrected(Arithmetic(0.0), 0.2, PrunedBlock(wanda)), view.table, 0.6, context)
+    given = allocate(AbsorptionCorrected(Arithmetic(0.0), 0.2, PrunedBlock(wanda, 0.6)), view.table, 0.6, context)
     assert open_ended.sparsities() == given.sparsities()
     with pytest.raises(UsageError, match="some zeros"):
-        drift(view, tokens, Pruned(wanda))
+        drift(view, tokens, PrunedBlock(wanda))
 
 
 @pytest.mark.parametrize("pruner", registry.names("pruner"))
 def test_any_pruner_disturbs(view, tokens, pruner):
-    found = drift(view, tokens, Pruned(registry.build("pruner", pruner), 0.7))
+    found = drift(view, tokens, PrunedBlock(registry.build("pruner", pruner), 0.7))
     assert (found.start > 0).any(-1).all()
 
 

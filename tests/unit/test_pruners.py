@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsify.errors import NumericsError, UsageError
-from sparsify.model.statistics import Accumulator
+from sparsify.model.statistics import GRAM, NORM, Accumulator
 from sparsify.pruners import sparsegpt
 from sparsify.pruners.magnitude import Magnitude
 from sparsify.pruners.ria import RIA
@@ -17,7 +17,7 @@ ROWS, INPUTS, TOKENS = 6, 16, 40
 
 def stats_of(x):
     """Statistics of one window of tokens, [tokens, inputs]."""
-    accumulator = Accumulator(frozenset({"norm", "gram"}))
+    accumulator = Accumulator(frozenset({NORM, GRAM}))
     accumulator.fold(x[None], 1)
     return accumulator.finalise(1)
 

@@ -3,15 +3,25 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from sparsify.errors import RecordError
+from sparsify.errors import RecordError, UsageError
 from sparsify.runs import records
+from sparsify.runs.record import SCHEMA, Kept, Record, Recorded, Superseded
 from sparsify.runs.records import Store, write_atomically
+from sparsify.types import Evaluation, Measurement
 
 KEY = "0123456789abcdef"
-GOOD = {"status": "done", "evaluations": {"test": {"key": "t1", "value": 1.0}}}
+RESULT = Evaluation(
+    metric="perplexity",
+    value=1.0,
+    protocol="t@8",
+    more=(Measurement(metric="curve", value=2.0, curve=[1.0, 2.0]),),
+    details={"task": "boolq", "limit": None},
+)
+GOOD = Record(KEY, "done", {"sparsity": 0.5}, {"device": "cpu"}, evaluations={"test": Recorded("t1", RESULT)})
 
 
 @pytest.fixture
@@ -42,32 +52,55 @@ def files_of(store):
 
 def test_a_record_reads_back_with_its_key(store):
     assert store.read(KEY) is None
-    file = store.write(KEY, GOOD)
+    record = replace(
+        GOOD, superseded=[Superseded("test", Recorded("t0", RESULT))], kept=Kept("weights.safetensors", "0" * 64, 7)
+    )
+    file = store.write(record)
     assert file == store.folder(KEY) / "record.json"
-    assert store.read(KEY) == {"schema": records.SCHEMA, "key": KEY, **GOOD}
+    assert store.read(KEY) == record
+    tree = json.loads(file.read_text())
+    assert (tree["schema"], tree["key"], tree["evaluations"]["test"]["task"]) == (SCHEMA, KEY, "boolq")
+
+
+@pytest.mark.parametrize(
+    ("damage", "where"),
+    [
+        ({"stauts": "done"}, "stauts"),
+        ({"status": "finished"}, "status"),
+        ({"seconds": {"prune": "long"}}, "seconds.prune"),
+        ({"evaluations": {"test": {"metric": "acc", "value": 1.0, "protocol": "p"}}}, "evaluations.test.key"),
+        ({"evaluations": {"test": {"key": "k", "value": 1.0, "protocol": "p"}}}, "metric"),
+        ({"evaluations": {"test": {"key": "k", "metric": "m", "value": None, "protocol": "p"}}}, "value"),
+        ({"evaluations": []}, "evaluations"),
+        ({"layers": {}}, "layers"),
+    ],
+)
+def test_a_record_of_another_shape_says_where_it_is_wrong(damage, where):
+    with pytest.raises(UsageError, match=where):
+        Record.from_json(GOOD.to_json() | damage, "record.json")
 
 
 def test_records_come_in_order_of_key(store):
     for key in ("b", "c", "a"):
-        store.write(key, GOOD)
+        store.write(replace(GOOD, key=key))
     with store.lease("d"):
-        assert [record["key"] for record in store] == ["a", "b", "c"]
+        assert [record.key for record in store] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_record_and_no_draft(store, monkeypatch, call):
-    store.write(KEY, GOOD)
+    store.write(GOOD)
     monkeypatch.setattr(records.os, call, full_disk)
     with pytest.raises(RecordError, match="No space left on device"):
-        store.write(KEY, GOOD | {"status": "failed"})
-    assert store.read(KEY)["status"] == "done"
+        store.write(replace(GOOD, status="failed"))
+    assert store.read(KEY).status == "done"
     assert files_of(store) == ["record.json"]
 
 
 def test_a_record_where_no_folder_can_be_is_a_record_error(tmp_path):
     (tmp_path / "runs").write_text("a file, not a folder")
     with pytest.raises(RecordError, match="results="):
-        Store(tmp_path).write(KEY, GOOD)
+        Store(tmp_path).write(GOOD)
 
 
 def test_a_lease_where_no_folder_can_be_is_a_record_error(tmp_path):
@@ -88,12 +121,12 @@ def test_a_write_replaces_in_one_step(tmp_path, monkeypatch):
 
 def test_a_number_that_json_cannot_hold_is_a_record_error(store):
     with pytest.raises(RecordError):
-        store.write(KEY, {"value": float("inf")})
+        store.write(replace(GOOD, sparsity=float("inf")))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99}', '{"key": 1}', "\x00\x00"])
 def test_a_damaged_record_says_what_to_remove(store, text):
-    store.write(KEY, GOOD)
+    store.write(GOOD)
     (store.folder(KEY) / "record.json").write_text(text)
     with pytest.raises(RecordError, match=r"Fix: remove .*record\.json"):
         store.read(KEY)
@@ -103,21 +136,21 @@ def test_a_cell_goes_from_missing_to_running_to_done(store):
     assert store.state(KEY, {"test": "t1"}) == "missing"
     with store.lease(KEY):
         assert store.state(KEY, {"test": "t1"}) == "running"
-        store.write(KEY, GOOD | {"status": "running"})
+        store.write(replace(GOOD, status="running"))
     assert store.state(KEY, {"test": "t1"}) == "missing"
-    store.write(KEY, GOOD)
+    store.write(GOOD)
     assert store.state(KEY, {"test": "t1"}) == "done"
     assert store.state(KEY, {}) == "done"
 
 
 @pytest.mark.parametrize("wanted", [{"test": "t2"}, {"test": "t1", "zeroshot": "z"}])
 def test_a_missing_evaluation_makes_a_done_cell_missing(store, wanted):
-    store.write(KEY, GOOD)
+    store.write(GOOD)
     assert store.state(KEY, wanted) == "missing"
 
 
 def test_a_failed_cell_is_failed_until_someone_works_on_it(store):
-    store.write(KEY, {"status": "failed", "evaluations": {}})
+    store.write(replace(GOOD, status="failed", evaluations={}))
     assert store.state(KEY, {}) == "failed"
     with store.lease(KEY):
         assert store.state(KEY, {}) == "running"

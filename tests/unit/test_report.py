@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
@@ -5,6 +7,7 @@ from sparsify.errors import UsageError
 from sparsify.report import compare, frame, table
 from sparsify.report.layouts import table_config
 from sparsify.report.select import pick, where
+from sparsify.runs.record import Record
 
 LAYOUT = table_config("table1")
 
@@ -16,7 +19,9 @@ def record(allocator, sparsity, test, heldout, beta=None, key=None):
     if beta is not None:
         node["beta"] = beta
     zeros = round(100 * sparsity)
-    return {
+    tree = {
+        "schema": 1,
+        "status": "done",
         "key": key or f"{allocator}-{sparsity}-{beta}",
         "sparsity": sparsity,
         "science": {
@@ -40,10 +45,11 @@ def record(allocator, sparsity, test, heldout, beta=None, key=None):
             "versions": {"torch": "2", "transformers": "5"},
         },
         "evaluations": {
-            name: {"metric": "perplexity", "value": value, "protocol": f"t{name}@8"}
+            name: {"key": name, "metric": "perplexity", "value": value, "protocol": f"t{name}@8"}
             for name, value in (("test", test), ("heldout", heldout))
         },
     }
+    return Record.from_json(tree, "record.json")
 
 
 def cells():
@@ -66,7 +72,7 @@ def test_long_rows_survive_a_csv(tmp_path):
 
 def test_what_an_allocator_noted_by_block_is_in_the_rows(tmp_path):
     notes = {"strength": 0.4, "r": [0.5, 1.25], "alpha": {"q_proj": 2.0}, "finalists": [{"rank": 1}], "tau": None}
-    frame.long([record("owl", 0.7, 1.5, 2.5) | {"notes": notes}]).to_csv(tmp_path / "rows.csv", index=False)
+    frame.long([replace(record("owl", 0.7, 1.5, 2.5), notes=notes)]).to_csv(tmp_path / "rows.csv", index=False)
     row = frame.wide(frame.read_long(tmp_path / "rows.csv")).iloc[0]
     assert {c: row[c] for c in row.index if c.startswith("noted.")} == {"noted.strength": 0.4, "noted.r": "0.5|1.25"}
 

@@ -1,87 +1,47 @@
 import json
 import math
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
+from fakes import FakeContext, FakeProxy
+from omegaconf import OmegaConf
 
 from sparsify.allocators.arithmetic import RelativeProgression, legal_maximum
+from sparsify.allocators.base import allocate
 from sparsify.allocators.blend import Blend
 from sparsify.allocators.budget import fit_plan, weighted_mean
 from sparsify.allocators.equimarginal import Equimarginal, moved
 from sparsify.allocators.search import Search
 from sparsify.allocators.uniform import Uniform
+from sparsify.data.inputs import as_inputs
 from sparsify.errors import NumericsError, UsageError
-from sparsify.methods.oneshot import OneShot
+from sparsify.methods.blockwise import BlockwisePruning
 from sparsify.model.blocks import BlockView
+from sparsify.model.objective import NextToken
 from sparsify.runs import registry
 from sparsify.search import spaces
 from sparsify.search.algorithms import ALGORITHMS
-from sparsify.search.screen import Screen, row_ranks
+from sparsify.search.proxy import Proxy, row_ranks
 from sparsify.types import LayerSpec, LayerTable
 
 TABLE = LayerTable(tuple(LayerSpec(f"b{b}.{k}", b, k, 4 * (i + 1), 8) for b in range(6) for i, k in enumerate("qd")))
 
 
-@dataclass
-class FakeScreen:
-    """A model whose loss is known: the squared distance of a plan from the best one."""
-
-    best: dict[str, float]
-    settled: int = 0
-    plan: dict[str, float] = field(default_factory=dict)
-
-    def settle(self, sparsities):
-        self.settled += 1
-        self.plan = dict(sparsities)
-
-    def apply(self, sparsities):
-        self.plan = dict(sparsities)
-
-    def loss(self, tokens):
-        return sum((self.plan[name] - value) ** 2 for name, value in self.best.items())
-
-    def marginal_costs(self, tokens, band):
-        return {name: 2 * (self.plan[name] - value) for name, value in self.best.items()}
-
-
-@dataclass
-class FakeContext:
-    screened: FakeScreen
-    seed: int = 0
-    asked: list = field(default_factory=list)
-
-    def heldout_tokens(self, windows):
-        return torch.zeros(5, 4, dtype=torch.long)[:windows]
-
-    def progress(self, done, total):
-        assert done <= total
-
-    def objective(self, plan):
-        self.asked.append(plan)
-        self.screened.apply(plan.sparsities())
-        return math.exp(self.screened.loss(None))
-
-    @contextmanager
-    def screen(self, windows):
-        yield self.screened
-
-    def _never(self, *_):
-        raise AssertionError("a search does not ask for this")
-
-    weights = dense_stats = dense_blocks = hidden_states = input_norms = drift = once = _never
-
-
 @pytest.fixture
 def context():
     best = {x.name: 0.5 + 0.06 * (x.block - 2.5) + (0.1 if x.kind == "q" else -0.05) for x in TABLE}
-    return FakeContext(FakeScreen(fit_plan(TABLE, best, 0.5).sparsities()))
+    proxy = FakeProxy(fit_plan(TABLE, best, 0.5).sparsities())
+
+    def score(plan):
+        proxy.apply(plan.sparsities())
+        return math.exp(proxy.loss(None))
+
+    return FakeContext(TABLE, proxy=proxy, score=score)
 
 
 def distance(plan, context):
-    return sum((plan.sparsities()[name] - value) ** 2 for name, value in context.screened.best.items())
+    return sum((plan.sparsities()[name] - value) ** 2 for name, value in context._proxy.best.items())
 
 
 def mean(plan):
@@ -151,32 +111,32 @@ def test_a_blend_adds_centred_profiles(context):
     plan = Blend(parts={"a": RelativeProgression(0.4), "b": RelativeProgression(-0.1)}, weights={"a": 1.0, "b": 2.0})
     beta = 0.2 * legal_maximum(0.5, 6)
     expected = {x.name: 0.5 + beta * (x.block - 2.5) for x in TABLE}
-    assert plan.allocate(TABLE, 0.5, context).sparsities() == pytest.approx(expected)
+    assert allocate(plan, TABLE, 0.5, context).sparsities() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("algorithm", ["random", "tpe", "evolution"])
 def test_a_search_keeps_the_budget_and_beats_its_start(context, algorithm):
     search = Search(algorithm=algorithm, space="block", trials=60, finalists=4)
-    plan = search.allocate(TABLE, 0.5, context)
-    uniform = Uniform().allocate(TABLE, 0.5, context)
+    plan = allocate(search, TABLE, 0.5, context)
+    uniform = allocate(Uniform(), TABLE, 0.5, context)
     assert mean(plan) == pytest.approx(0.5)
     assert distance(plan, context) < distance(uniform, context)
     assert len(plan.trials) == 60
-    assert len(context.asked) == len(plan.notes["finalists"]) == 4
+    assert len(context.scored) == len(plan.notes["finalists"]) == 4
     assert plan.notes["rank_correlation"] == pytest.approx(1.0)
 
 
 def test_the_winner_is_the_best_finalist_in_full_not_the_best_trial(context):
-    full = context.objective
-    context.objective = lambda plan: 1 / full(plan)  # the screen ranks them the wrong way round
-    plan = Search(space="block", trials=30, finalists=6).allocate(TABLE, 0.5, context)
+    full = context._score
+    context._score = lambda plan: 1 / full(plan)  # the proxy ranks them the wrong way round
+    plan = allocate(Search(space="block", trials=30, finalists=6), TABLE, 0.5, context)
     assert plan.notes["rank_correlation"] == pytest.approx(-1.0)
     chosen = min(plan.notes["finalists"], key=lambda f: f["full"])
     assert chosen["screened"] == max(f["screened"] for f in plan.notes["finalists"])
 
 
 def test_a_plan_that_breaks_the_model_does_not_end_the_search(context):
-    full, calls = context.objective, []
+    full, calls = context._score, []
 
     def objective(plan):
         calls.append(plan)
@@ -184,18 +144,18 @@ def test_a_plan_that_breaks_the_model_does_not_end_the_search(context):
             raise NumericsError("The perplexity is not finite")
         return full(plan)
 
-    context.objective = objective
-    plan = Search(space="block", trials=20, finalists=4).allocate(TABLE, 0.5, context)
+    context._score = objective
+    plan = allocate(Search(space="block", trials=20, finalists=4), TABLE, 0.5, context)
     assert [f["full"] is None for f in plan.notes["finalists"]] == [True, False, False, False]
     json.dumps(plan.notes, allow_nan=False)
 
 
 def test_a_ranking_of_equals_correlates_with_nothing(context):
-    context.objective = lambda plan: 3.0
-    plan = Search(space="block", trials=20, finalists=4).allocate(TABLE, 0.5, context)
+    context._score = lambda plan: 3.0
+    plan = allocate(Search(space="block", trials=20, finalists=4), TABLE, 0.5, context)
     assert plan.notes["rank_correlation"] is None
-    context.screened.loss = lambda tokens: math.inf
-    plan = Blend(trials=8, parts={"depth": RelativeProgression()}).allocate(TABLE, 0.5, context)
+    context._proxy.loss = lambda tokens: math.inf
+    plan = allocate(Blend(trials=8, parts={"depth": RelativeProgression()}), TABLE, 0.5, context)
     assert {f["screened"] for f in plan.notes["finalists"]} == {None}
     json.dumps([plan.notes, plan.trials], allow_nan=False)
 
@@ -203,25 +163,25 @@ def test_a_ranking_of_equals_correlates_with_nothing(context):
 @pytest.mark.parametrize("algorithm", ["grid", "golden", "random", "evolution"])
 def test_a_model_of_one_block_has_one_beta(context, algorithm):
     one = LayerTable(TABLE.layers[:2])
-    context.screened.best = {layer.name: 0.5 for layer in one}
-    plan = Search(space="beta", algorithm=algorithm, trials=4, finalists=2).allocate(one, 0.5, context)
+    context._proxy.best = {layer.name: 0.5 for layer in one}
+    plan = allocate(Search(space="beta", algorithm=algorithm, trials=4, finalists=2), one, 0.5, context)
     assert set(plan.sparsities().values()) == {0.5}
 
 
 def test_a_grid_is_never_cut_short(context):
     with pytest.raises(UsageError, match="more points"):
-        Search(space="beta", algorithm="grid", step=0.01, trials=5).allocate(TABLE, 0.5, context)
+        allocate(Search(space="beta", algorithm="grid", step=0.01, trials=5), TABLE, 0.5, context)
 
 
 def test_dense_statistics_settle_once_and_propagated_ones_every_trial(context):
-    Search(space="block", trials=12, finalists=2).allocate(TABLE, 0.5, context)
-    assert context.screened.settled == 1
-    Search(space="block", trials=12, finalists=2, statistics="propagated").allocate(TABLE, 0.5, context)
-    assert context.screened.settled == 13
+    allocate(Search(space="block", trials=12, finalists=2), TABLE, 0.5, context)
+    assert context._proxy.settled == 1
+    allocate(Search(space="block", trials=12, finalists=2, statistics="propagated"), TABLE, 0.5, context)
+    assert context._proxy.settled == 13
 
 
 def test_a_beta_search_tries_the_grid(context):
-    plan = Search(space="beta", algorithm="grid", step=0.05, trials=99, finalists=2).allocate(TABLE, 0.5, context)
+    plan = allocate(Search(space="beta", algorithm="grid", step=0.05, trials=99, finalists=2), TABLE, 0.5, context)
     assert len(plan.trials) == 5
     assert mean(plan) == pytest.approx(0.5)
 
@@ -252,24 +212,27 @@ def test_settings_out_of_range_are_refused(what, options):
 
 
 @pytest.mark.parametrize("allocator", [Search(), Blend(), Equimarginal()])
-def test_a_budget_beyond_the_bound_of_a_layer_is_refused_at_once(allocator):
+def test_a_budget_beyond_the_bound_of_a_layer_is_refused_at_once(allocator, context):
+    name = {Search: "search", Blend: "blend", Equimarginal: "equimarginal"}[type(allocator)]
     with pytest.raises(UsageError, match=r"<= 0\.99"):
-        allocator.check(0.995, 6)
+        registry.check(OmegaConf.to_container(registry.composed("allocator", name)), 0.995, 6)
+    with pytest.raises(UsageError, match=r"<= 0\.99"):
+        allocate(allocator, TABLE, 0.995, context)
 
 
 @pytest.mark.parametrize("groups", ["layer", "block"])
 def test_the_descent_equalises_marginal_costs_at_a_constant_budget(context, groups):
-    plan = Equimarginal(groups=groups, steps=60, settle_every=10).allocate(TABLE, 0.5, context)
+    plan = allocate(Equimarginal(groups=groups, steps=60, settle_every=10), TABLE, 0.5, context)
     assert mean(plan) == pytest.approx(0.5)
-    assert context.screened.settled == 7 == len(plan.trials)
-    start = distance(Uniform().allocate(TABLE, 0.5, context), context)
+    assert context._proxy.settled == 7 == len(plan.trials)
+    start = distance(allocate(Uniform(), TABLE, 0.5, context), context)
     assert distance(plan, context) < (0.01 if groups == "layer" else 0.9) * start
 
 
 def test_a_step_moves_against_the_costs_and_no_layer_far():
     plan = fit_plan(TABLE, {x.name: 0.5 for x in TABLE}, 0.5)
     costs = np.array([100.0] + [0.0] * 5 + [-1.0] * 6)
-    after = moved(plan, costs - costs.mean(), 0.01, TABLE, 0.5).sparsities()
+    after = moved(plan, costs - costs.mean(), 0.01, TABLE).fitted(TABLE, 0.5).sparsities()
     values = list(after.values())
     assert values[0] == min(values)
     assert max(values) - min(values) < 0.09
@@ -277,57 +240,57 @@ def test_a_step_moves_against_the_costs_and_no_layer_far():
 
 
 @pytest.fixture
-def screen(make_model, tokens):
+def proxy(make_model, tokens):
     view = BlockView(make_model())
-    return Screen(view, view.snapshot(), tokens)
+    return Proxy(view, view.snapshot(), as_inputs(tokens), NextToken())
 
 
-def profile(screen):
-    return {x.name: 0.3 + 0.3 * i / len(screen.view.table) for i, x in enumerate(screen.view.table)}
+def profile(proxy):
+    return {x.name: 0.3 + 0.3 * i / len(proxy.view.table) for i, x in enumerate(proxy.view.table)}
 
 
 @pytest.mark.parametrize("regime", ["propagated", "dense"])
-def test_a_screen_has_the_masks_of_wanda(screen, tokens, regime):
-    wanted = profile(screen)
-    screen.settle(wanted if regime == "propagated" else dict.fromkeys(wanted, 0.0))
-    screen.apply(wanted)
-    mine = screen.view.snapshot()
-    screen.view.restore(screen.dense)
-    plan = fit_plan(screen.view.table, wanted, weighted_mean([*wanted.values()], [x.numel for x in screen.view.table]))
-    OneShot(regime=regime).apply(
-        screen.view, tokens, registry.build("pruner", "wanda"), plan, batch_size=screen.batch_size
+def test_a_proxy_has_the_masks_of_wanda(proxy, tokens, regime):
+    sparsities = profile(proxy)
+    proxy.settle(sparsities if regime == "propagated" else dict.fromkeys(sparsities, 0.0))
+    proxy.apply(sparsities)
+    mine = proxy.view.snapshot()
+    proxy.view.restore(proxy.dense)
+    plan = fit_plan(
+        proxy.view.table, sparsities, weighted_mean([*sparsities.values()], [x.numel for x in proxy.view.table])
     )
-    for name, weight in screen.view.snapshot().items():
+    BlockwisePruning(registry.build("pruner", "wanda"), regime, proxy.batch_size).apply(proxy.view, tokens, plan)
+    for name, weight in proxy.view.snapshot().items():
         assert torch.equal(mine[name], weight)
 
 
-def test_a_screen_leaves_the_model_dense(screen):
+def test_a_proxy_leaves_the_model_dense(proxy):
     def interrupted():
-        with screen.closing():
-            screen.settle(profile(screen))
+        with proxy.closing():
+            proxy.settle(profile(proxy))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         interrupted()
-    assert all(torch.equal(screen.dense[x.spec.name], x.weight) for x in screen.view.layers)
+    assert all(torch.equal(proxy.dense[x.spec.name], x.weight) for x in proxy.view.layers)
 
 
 def test_ranks_are_positions_leftmost_first():
     assert row_ranks(torch.tensor([[3.0, 1.0, 1.0, 2.0]])).tolist() == [[3, 0, 1, 2]]
 
 
-def test_marginal_costs_are_derivatives_by_the_number_of_zeros(screen, tokens):
-    flags = [p.requires_grad for p in screen.view.model.parameters()]
-    wanted = dict.fromkeys(profile(screen), 0.5)
-    screen.settle(wanted)
-    costs = screen.marginal_costs(tokens, band=1e-9)
-    assert [p.requires_grad for p in screen.view.model.parameters()] == flags
+def test_marginal_costs_are_derivatives_by_the_number_of_zeros(proxy, tokens):
+    flags = [p.requires_grad for p in proxy.view.model.parameters()]
+    wanted = dict.fromkeys(profile(proxy), 0.5)
+    proxy.settle(wanted)
+    costs = proxy.marginal_costs(as_inputs(tokens), band=1e-9)
+    assert [p.requires_grad for p in proxy.view.model.parameters()] == flags
     slopes = {}
-    for x in screen.view.table:
+    for x in proxy.view.table:
         around = []
         for shift in (1, -1):
-            screen.apply(wanted | {x.name: 0.5 + shift / x.in_features})
-            around.append(screen.loss(tokens))
+            proxy.apply(wanted | {x.name: 0.5 + shift / x.in_features})
+            around.append(proxy.loss(as_inputs(tokens)))
         slopes[x.name] = (around[0] - around[1]) / (2 * x.out_features)
     both = np.array([[costs[name], slopes[name]] for name in costs])
     assert np.corrcoef(both.T)[0, 1] > 0.95

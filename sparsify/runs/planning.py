@@ -77,7 +77,7 @@ def _planned(job: tuple[str, ...]) -> PlannedCell:
 
 def state_of(config: Config, key: str, evaluations: dict[str, str]) -> str:
     """What the store knows of a cell, or `illegal` where its config alone refuses it."""
-    state = Store(config["results"]).state(key, evaluations)
+    state = Store(config["results"]).state(key, evaluations, kept=bool(config["keep"]))
     return "illegal" if state != "done" and illegal(config) else state
 
 

@@ -1,0 +1,50 @@
+"""The model card of an exported model, from its record."""
+
+import re
+from collections.abc import Iterator
+
+from sparsify.runs import registry
+from sparsify.runs.record import Record
+
+
+def text(record: Record) -> str:
+    """Markdown with the front matter of the hub."""
+    return "\n".join(_lines(record))
+
+
+def _lines(record: Record) -> Iterator[str]:
+    science, model = record.science, record.execution["model"]
+    pruner, allocator = (registry.name_of(group, science[group]) for group in ("pruner", "allocator"))
+    pattern = "" if science["pattern"] == "unstructured" else f" in the pattern {science['pattern']}"
+    yield from ("---", "library_name: transformers", "tags: [sparsity, pruning]")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model.get("id", ""))):
+        yield f"base_model: {model['id']}"
+    yield from ("---", "", f"# {science['model']['name']}, {record.sparsity:.1%} sparse", "")
+    yield f"Pruned with {pruner} and the layer-wise allocation of {allocator} to {record.sparsity:.4%} zeros over the"
+    yield f"linear weights of its blocks{pattern}. Weights are stored dense, zeros included ({science['dtype']})."
+    yield from ("", "| measured | value | protocol |", "|---|---:|---|")
+    for name, item in record.evaluations.items():
+        result = item.result
+        error = f" ± {result.stderr:.4g}" if result.stderr is not None else ""
+        yield f"| {name}, {result.metric} | {result.value:.5g}{error} | {result.protocol} |"
+    yield from ("", "Made with sparsify (layerwise-sparsify) by", "", "```bash")
+    yield f"python -m sparsify {record.execution.get('command', '')}"
+    yield from (
+        "```",
+        "",
+        f"Run {record.key}, code {record.execution.get('commit')}, {record.execution.get('device')};",
+    )
+    versions = ", ".join(f"{k} {v}" for k, v in record.execution.get("versions", {}).items())
+    yield f"{versions}. Calibration: {_calibration(record)}."
+    yield from (
+        "",
+        "`allocation.json` has the sparsity of every layer; `allocator=from_file` reads it. The licence is that of",
+    )
+    yield from ("the original model.", "")
+
+
+def _calibration(record: Record) -> str:
+    source = record.calibration
+    if "corpus" not in source:
+        return str(source.get("source", "unknown"))
+    return f"{source['windows']} windows of {source['seqlen']} tokens of {source['corpus']} ({source['split']})"

@@ -1,0 +1,98 @@
+"""A cell before anything is loaded: its config checked, its parts made, its keys known."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sparsify.data.windows import Windows
+from sparsify.errors import UsageError
+from sparsify.evaluation.base import Evaluator
+from sparsify.model.sources import ModelSource, parse_dtype, pick_device
+from sparsify.recipe import Recipe
+from sparsify.runs import identity, registry
+from sparsify.runs.identity import Config
+from sparsify.runs.tracking import Tracker
+from sparsify.types import check_whole
+
+STAGES = ("recovery", "quantiser")
+"""What may follow pruning, in this order."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A validated config: its identity and the objects it names. Nothing is loaded yet.
+
+    Attributes:
+        config: composed and resolved.
+        key: of the run.
+        science: what the key is a hash of.
+        evaluation_keys: by name.
+        recipe: how to prune.
+        source: of the model.
+        calibration: what statistics are taken on.
+        heldout: what searches score on.
+        evaluators: by name.
+        tracker: where finished records are shown.
+    """
+
+    config: Config
+    key: str
+    science: dict[str, Any]
+    evaluation_keys: dict[str, str]
+    recipe: Recipe
+    source: ModelSource
+    calibration: Windows
+    heldout: Windows
+    evaluators: dict[str, Evaluator]
+    tracker: Tracker
+
+    @classmethod
+    def of(cls, config: Config) -> "Cell":
+        """Build every part, so that a bad value is refused before a weight is read.
+
+        Raises:
+            SparsifyError: the first thing that is wrong.
+        """
+        _refuse_missing(config, "")
+        check_whole("seed", config["seed"], 0)
+        check_whole("batch_size", config["batch_size"], or_null=True)
+        if not isinstance(config["keep"], bool):
+            raise UsageError("keep is true or false", got=config["keep"], fix="keep=true")
+        recipe = _recipe(config)
+        if blocks := config["model"].get("num_blocks"):
+            registry.check(config["allocator"], recipe.sparsity, blocks)
+        pick_device(config["device"])
+        parse_dtype(config["dtype"])
+        key, evaluation_keys = identity.keys(config)
+        return cls(
+            config=config,
+            key=key,
+            science=identity.science(config),
+            evaluation_keys=evaluation_keys,
+            recipe=recipe,
+            source=registry.make(config["model"]),
+            calibration=registry.make(config["calibration"]),
+            heldout=registry.make(config["heldout"]),
+            evaluators={name: registry.make(node) for name, node in identity.evaluations(config).items()},
+            tracker=registry.make(config["logger"]),
+        )
+
+
+def _recipe(config: Config) -> Recipe:
+    objective = config.get("objective")
+    return Recipe.of(
+        registry.make(config["pruner"]),
+        registry.make(config["allocator"]),
+        registry.make(config["method"]),
+        config["pattern"],
+        config["sparsity"],
+        objective=registry.make(objective) if objective else None,
+        stages={name: registry.make(config[name]) for name in STAGES if config.get(name)},
+    )
+
+
+def _refuse_missing(node: Any, path: str) -> None:
+    if node == "???":
+        raise UsageError(f"{path} must be given", fix=f"{path}=<value>")
+    if isinstance(node, dict):
+        for key in sorted(node):
+            _refuse_missing(node[key], f"{path}.{key}".lstrip("."))

@@ -1,0 +1,88 @@
+"""The model a cell leaves behind (`keep=true`): what pruning changed, with the masks, in one safetensors file.
+
+Tensors have their names of the model. A mask is `mask/<layer>`: one bit a weight, row by row, the first in the lowest
+bit of its byte.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsify.errors import RecordError, SparsifyError
+from sparsify.model.blocks import BlockView
+from sparsify.model.dense import DenseModel
+from sparsify.model.masks import Masks
+from sparsify.runs.record import Kept
+
+FILE, MASK = "weights.safetensors", "mask/"
+
+
+def save(folder: Path, view: BlockView, dense: DenseModel, masks: Masks) -> Kept:
+    """Write whatever differs from the dense model.
+
+    Raises:
+        SparsifyError: a stage left other modules than it found.
+        RecordError: the file could not be written.
+    """
+    try:
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in dense.changed().items()}
+    except KeyError as error:
+        raise SparsifyError(
+            "A stage after pruning left the model with other parameters", got=error, fix="merge them before it returns"
+        ) from error
+    tensors |= {f"{MASK}{name}": bits for name, bits in masks.bits().items()}
+    draft = folder / f".{FILE}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, draft, metadata={"format": "pt"})
+        os.replace(draft, folder / FILE)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise RecordError(
+            "The pruned weights could not be written",
+            got=f"{folder / FILE}: {error}",
+            fix="free some space, set results=<other folder>, or leave out keep=true",
+        ) from error
+    return Kept(FILE, _sha256(folder / FILE), (folder / FILE).stat().st_size)
+
+
+def intact(folder: Path, kept: Kept | None) -> bool:
+    """Whether the file is there and is the one that the record means."""
+    file = folder / kept.file if kept else None
+    return file is not None and kept is not None and file.is_file() and _sha256(file) == kept.sha256
+
+
+@torch.no_grad()
+def load(folder: Path, kept: Kept, view: BlockView) -> Masks:
+    """Make a dense model the one that was kept.
+
+    Raises:
+        RecordError: the file is not for this model.
+    """
+    there = dict([*view.model.named_parameters(), *view.model.named_buffers()])
+    shapes = {layer.spec.name: layer.weight.shape for layer in view.layers}
+    masks = Masks()
+    with safe_open(folder / kept.file, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no dict)
+            if name.startswith(MASK):
+                layer = name.removeprefix(MASK)
+                masks.put(layer, file.get_tensor(name), shapes[layer])
+            else:
+                _write(there, name, file.get_tensor(name), folder / kept.file)
+    return masks
+
+
+def _write(there: dict[str, Tensor], name: str, tensor: Tensor, file: Path) -> None:
+    if name not in there or there[name].shape != tensor.shape:
+        raise RecordError("Kept weights do not fit the model", got=f"{name} of {file}", fix=f"remove {file}")
+    there[name].copy_(tensor)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,109 @@
+"""A cell's record in the making: what a run adds, what it takes over from an earlier one, and what a failure leaves."""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+
+from sparsify.cells.bench import Bench
+from sparsify.cells.cell import Cell
+from sparsify.data.inputs import Inputs
+from sparsify.errors import RecordError, SparsifyError
+from sparsify.model.walk import default_batch_size
+from sparsify.recipe import PruneResult
+from sparsify.runs import provenance
+from sparsify.runs.record import Record, Recorded, Superseded
+from sparsify.runs.records import Store
+
+
+def of_pruning(cell: Cell, bench: Bench, calibration: Inputs, result: PruneResult, seconds: dict[str, float]) -> Record:
+    """The record after pruning, before any evaluation."""
+    batch_size = cell.config["batch_size"] or default_batch_size(bench.view.device, calibration.length)
+    return Record(
+        key=cell.key,
+        status="running",
+        science=cell.science,
+        execution=provenance.execution(cell.config)
+        | {
+            "windows_per_forward": batch_size,
+            "model_commit": getattr(bench.loaded.model.config, "_commit_hash", None),
+            "model": cell.config["model"],
+        },
+        sparsity=result.sparsity,
+        ledger={**asdict(result.plan.ledger), "achieved": result.sparsity},
+        trials=[dict(trial) for trial in result.plan.trials],
+        notes=dict(result.notes),
+        plan=result.plan.to_rows(),
+        layers=result.to_rows(),
+        calibration=calibration.provenance,
+        seconds=seconds,
+    )
+
+
+def with_earlier(record: Record, cell: Cell, old: Record | None) -> Record:
+    """The record with the evaluations of an earlier run of this cell: those still meant by their name stay.
+
+    Those of other settings are superseded; a setting that comes back (no limit after a limited look) finds its old
+    result among them.
+    """
+    if old is None:
+        return record
+    keys = cell.evaluation_keys
+    valid = {name: item for name, item in old.evaluations.items() if keys.get(name, item.key) == item.key}
+    gone = [Superseded(name, item) for name, item in old.evaluations.items() if name not in valid] + old.superseded
+    superseded = []
+    for item in gone:
+        if item.name not in valid and keys.get(item.name) == item.evaluation.key:
+            valid[item.name] = item.evaluation
+        else:
+            superseded.append(item)
+    took = {name: old.seconds[name] for name in valid if name in old.seconds}
+    return replace(record, evaluations=valid, superseded=superseded, seconds=took | record.seconds)
+
+
+def with_evaluation(record: Record, name: str, evaluation: Recorded) -> Record:
+    """The record with one evaluation more."""
+    return replace(record, evaluations={**record.evaluations, name: evaluation})
+
+
+@contextmanager
+def of_failure(cell: Cell, store: Store) -> Iterator[None]:
+    """Say in the store what failed inside, unless that would replace results or the store is what failed."""
+    try:
+        yield
+    except RecordError:
+        raise
+    except Exception as error:
+        old = store.read(cell.key)
+        if old is not None and old.evaluations:
+            store.write(replace(old, status="done"))  # complete for what it has; what failed is still missing
+        else:
+            store.write(_failed(cell, error))
+        raise
+
+
+def _failed(cell: Cell, error: Exception) -> Record:
+    message = error.paragraph() if isinstance(error, SparsifyError) else f"{type(error).__name__}: {error}"
+    return Record(
+        key=cell.key,
+        status="failed",
+        science=cell.science,
+        execution=provenance.execution(cell.config),
+        error=message,
+        traceback="".join(traceback.format_exception(error)),
+    )
+
+
+def one_error(failed: dict[str, Exception]) -> Exception:
+    """The error of a cell whose evaluations failed: what they all say, or a summary."""
+    first = next(iter(failed.values()))
+    said = {name: f"{type(error).__name__}: {' '.join(str(error).split())}" for name, error in failed.items()}
+    if len(set(said.values())) == 1:
+        return first
+    summary = SparsifyError(
+        f"{len(failed)} evaluations failed",
+        got="; ".join(f"{name}: {text}" for name, text in said.items()),
+        fix="the same command again, once these are repaired: what has been measured is kept",
+    )
+    summary.__cause__ = first
+    return summary

@@ -1,0 +1,41 @@
+"""`python -m sparsify.export KEY --to FOLDER`: a kept model as a folder that plain transformers opens."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from sparsify.commands import cli
+from sparsify.runs import console
+from sparsify.runs.records import Store
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sparsify.export",
+        description="Write the model of a cell that was run with keep=true as a Hugging Face folder: weights with the "
+        "zeros in place, config, tokenizer, a card with the record's numbers, and the allocation as JSON.",
+        epilog="python -m sparsify allocator=atp sparsity=0.7 keep=true, then "
+        "python -m sparsify.export <the key it printed> --to pruned",
+    )
+    parser.add_argument("key", help="of the run, or its first digits")
+    parser.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="a new folder")
+    results = os.environ.get("SPARSIFY_RESULTS", "results")
+    parser.add_argument("--results", default=results, type=Path, help=f"where the records are ({results})")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Export and say what was written."""
+    options = parser().parse_args(arguments)
+    try:
+        from sparsify.cells.export import export
+
+        view = export(Store(options.results), options.key, options.to)
+    except Exception as error:
+        return cli.exit_code(error)
+    console.say(f"wrote {options.to}: {view.sparsity():.4f} of {view.table.numel:,} prunable weights are zero")
+    console.say(f'open it with AutoModelForCausalLM.from_pretrained("{options.to}")')
+    return 0

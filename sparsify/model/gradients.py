@@ -1,0 +1,111 @@
+"""Gradients of a loss by the prunable matrices, one layer after the other: reduced and dropped as they appear.
+
+All matrices' gradients at once are as large as the model. In the backward pass each one exists alone.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparsify.data.inputs import Inputs
+from sparsify.model.blocks import BlockView, Layer
+from sparsify.model.objective import Objective
+from sparsify.model.statistics import Accumulator, LayerStats, Needs
+
+Fold = Callable[[Layer, Float[Tensor, "out inp"]], None]
+"""Takes a layer and its gradient, which is gone afterwards."""
+
+LARGE = 1_000_000_000
+"""Prunable weights beyond which activations are computed again in the backward pass instead of being kept."""
+
+
+def layer_gradients(view: BlockView, loss: Callable[[], Tensor], fold: Fold) -> None:
+    """Hand the gradient of a scalar loss by every prunable matrix to `fold`, as soon as the backward pass has it.
+
+    Args:
+        view: the model; its flags, gradients and blocks are what they were when this returns or raises.
+        loss: runs the model.
+        fold: called once for each matrix that the loss depends on, last block first.
+    """
+    with ExitStack() as stack:
+        for layer in view.layers:
+            stack.enter_context(_folding(layer, fold))
+        if view.table.numel > LARGE:
+            stack.enter_context(recomputing(view.blocks))
+        with torch.enable_grad():
+            loss().backward(inputs=[layer.module.weight for layer in view.layers])  # type: ignore[no-untyped-call]
+
+
+def gradient_statistics(view: BlockView, inputs: Inputs, needs: Needs, objective: Objective) -> dict[str, LayerStats]:
+    """Statistics of per-sample gradients of the model as it stands, by layer name.
+
+    Each sample has a backward pass of its own, so that what is folded (a square, say) is of one sample and the size of
+    a batch means nothing.
+
+    Args:
+        view: the model.
+        inputs: samples whose mean loss counts.
+        needs: statistics that read a gradient.
+        objective: the loss.
+    """
+    sums = {layer.spec.name: Accumulator(needs) for layer in view.layers}
+    loss = objective.prepare(view.model, inputs)
+    for i in range(len(inputs)):
+        sample = inputs.take(slice(i, i + 1))
+
+        def mean(sample: Inputs = sample) -> Tensor:
+            batch = sample.batch(slice(0, 1), view.device)
+            return loss(view.model, batch) / objective.predictions(sample)
+
+        layer_gradients(view, mean, lambda layer, gradient: sums[layer.spec.name].fold(gradient, 1))
+    return {name: accumulator.finalise(len(inputs)) for name, accumulator in sums.items()}
+
+
+@contextmanager
+def _folding(layer: Layer, fold: Fold) -> Iterator[None]:
+    """A weight that gives its gradient away the moment it is complete."""
+    weight = layer.module.weight
+    needed, before = weight.requires_grad, weight.grad
+
+    def give(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad, None
+        with torch.no_grad():
+            fold(layer, layer.oriented(gradient))
+
+    weight.requires_grad_(True)
+    weight.grad = None
+    handle = weight.register_post_accumulate_grad_hook(give)
+    try:
+        yield
+    finally:
+        handle.remove()
+        weight.grad = before
+        weight.requires_grad_(needed)
+
+
+@contextmanager
+def recomputing(blocks: list[nn.Module]) -> Iterator[None]:
+    """Blocks that keep only their inputs for the backward pass (activation checkpointing)."""
+    own = [(block, block.__dict__.get("forward"), block.forward) for block in blocks]
+
+    def again(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def recomputed(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+        return recomputed
+
+    try:
+        for block, _, forward in own:
+            block.forward = again(forward)
+        yield
+    finally:
+        for block, replaced, _ in own:
+            del block.forward
+            if replaced is not None:
+                block.forward = replaced
