@@ -97,7 +97,11 @@ def _dataclass(kind: Any, tree: Any, where: str) -> Any:
     absent = (dataclasses.MISSING, dataclasses.MISSING)
     if lacking := [n for n, f in fields.items() if n not in tree and (f.default, f.default_factory) == absent]:
         raise UsageError(f"{where} lacks {lacking[0]}", got=", ".join(map(str, tree)))
-    return kind(**{key: _load(_hints(kind)[key], value, f"{where}.{key}") for key, value in tree.items()})
+    values = {key: _load(_hints(kind)[key], value, f"{where}.{key}") for key, value in tree.items()}
+    try:
+        return kind(**values)
+    except UsageError as error:  # of its own check, which does not know the place
+        raise UsageError(f"{where}: {error.what}", got=error.got, allowed=error.allowed, fix=error.fix) from None
 
 
 def refuse(tree: Any, where: str, allowed: object) -> Any:

@@ -1,6 +1,7 @@
 """A cell before anything is loaded: its config checked, its parts made, its keys known."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sparsify.data.windows import Windows
@@ -10,6 +11,7 @@ from sparsify.model.sources import ModelSource, parse_dtype, pick_device
 from sparsify.recipe import Recipe
 from sparsify.runs import identity, registry
 from sparsify.runs.identity import Config
+from sparsify.runs.records import Store
 from sparsify.runs.tracking import Tracker
 from sparsify.types import check_whole
 
@@ -32,6 +34,7 @@ class Cell:
         heldout: what searches score on.
         evaluators: by name.
         tracker: where finished records are shown.
+        store: where its record lies.
     """
 
     config: Config
@@ -44,6 +47,12 @@ class Cell:
     heldout: Windows
     evaluators: dict[str, Evaluator]
     tracker: Tracker
+    store: Store
+
+    @property
+    def folder(self) -> Path:
+        """Where the record and what belongs to it lie."""
+        return self.store.folder(self.key)
 
     @classmethod
     def of(cls, config: Config) -> "Cell":
@@ -74,6 +83,7 @@ class Cell:
             heldout=registry.make(config["heldout"]),
             evaluators={name: registry.make(node) for name, node in identity.evaluations(config).items()},
             tracker=registry.make(config["logger"]),
+            store=Store(config["results"]),
         )
 
 

@@ -6,6 +6,7 @@ bit of its byte.
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,13 +14,34 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsify.cells import recording
+from sparsify.cells.bench import Bench
+from sparsify.cells.cell import Cell
+from sparsify.cells.clock import Clock
 from sparsify.errors import RecordError, SparsifyError
 from sparsify.model.blocks import BlockView
 from sparsify.model.dense import DenseModel
 from sparsify.model.masks import Masks
-from sparsify.runs.record import Kept
+from sparsify.runs.record import Kept, Record
 
 FILE, MASK = "weights.safetensors", "mask/"
+
+
+def reloaded(cell: Cell, bench: Bench, clock: Clock) -> Record | None:
+    """Make the dense model the one that was kept, instead of pruning again; None where none was.
+
+    Returns:
+        The record, with those of its evaluations that are still what the cell means by their names.
+    """
+    old, folder = cell.store.read(cell.key), cell.folder
+    if old is None or old.kept is None or not intact(folder, old.kept):
+        return None
+    with clock.timing("reload", bench.view.device):
+        load(folder, old.kept, bench.view)
+    record = replace(old, status="running", seconds=old.seconds | clock.seconds)
+    record = recording.with_earlier(record, cell, old)
+    cell.store.write(record)
+    return record
 
 
 def save(folder: Path, view: BlockView, dense: DenseModel, masks: Masks) -> Kept:

@@ -13,7 +13,11 @@ from sparsify.model.walk import default_batch_size
 from sparsify.recipe import PruneResult
 from sparsify.runs import provenance
 from sparsify.runs.record import Record, Recorded, Superseded
-from sparsify.runs.records import Store
+
+
+def is_complete(cell: Cell) -> bool:
+    """Whether nothing is left to do."""
+    return cell.store.complete(cell.key, cell.evaluation_keys, kept=cell.config["keep"])
 
 
 def of_pruning(cell: Cell, bench: Bench, calibration: Inputs, result: PruneResult, seconds: dict[str, float]) -> Record:
@@ -61,24 +65,25 @@ def with_earlier(record: Record, cell: Cell, old: Record | None) -> Record:
     return replace(record, evaluations=valid, superseded=superseded, seconds=took | record.seconds)
 
 
-def with_evaluation(record: Record, name: str, evaluation: Recorded) -> Record:
-    """The record with one evaluation more."""
-    return replace(record, evaluations={**record.evaluations, name: evaluation})
+def with_evaluation(record: Record, name: str, evaluation: Recorded, seconds: dict[str, float]) -> Record:
+    """The record with one evaluation more, and what every step took so far."""
+    evaluations = {**record.evaluations, name: evaluation}
+    return replace(record, evaluations=evaluations, seconds=record.seconds | seconds)
 
 
 @contextmanager
-def of_failure(cell: Cell, store: Store) -> Iterator[None]:
+def of_failure(cell: Cell) -> Iterator[None]:
     """Say in the store what failed inside, unless that would replace results or the store is what failed."""
     try:
         yield
     except RecordError:
         raise
     except Exception as error:
-        old = store.read(cell.key)
+        old = cell.store.read(cell.key)
         if old is not None and old.evaluations:
-            store.write(replace(old, status="done"))  # complete for what it has; what failed is still missing
+            cell.store.write(replace(old, status="done"))  # complete for what it has; what failed is still missing
         else:
-            store.write(_failed(cell, error))
+            cell.store.write(_failed(cell, error))
         raise
 
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from omegaconf import DictConfig
 
 from sparsify.commands import cli
 from sparsify.errors import SparsifyError, UsageError
-from sparsify.report import accuracy, frame
-from sparsify.report.layouts import LAYOUTS, Page, table_config
+from sparsify.report import frame, layouts
+from sparsify.report.layouts.base import Layout, Page
 from sparsify.runs import console, registry
 from sparsify.runs.planning import parts_of
 from sparsify.runs.records import Store
@@ -50,19 +49,17 @@ def report(name: str, overrides: list[str], rows: Path | None = None) -> list[Pa
         rows: published long rows to use instead of records.
 
     Raises:
+        UsageError: the table's file is not as its layout has it.
         SparsifyError: no cell of this table has finished.
     """
-    layout = table_config(name)
+    layout = layouts.load(name)
     source = _from_records(name, overrides) if rows is None else _from_rows(rows)
-    cells = frame.wide(source.rows)
-    if "tasks" in layout:
-        cells = accuracy.with_mean(layout, cells)
+    cells = layout.prepare(frame.wide(source.rows))
     model, scale = str(cells["model"].iloc[0]), str(cells["scale"].iloc[0])
     stem = f"{model.replace('/', '-')}_{scale}"
     title = f"{layout.title} — {model}, {scale} scale"
     notes = [*layout.notes, *_footer(cells, source, layout), *source.notes]
-    page = Page(layout, cells, source.rows, name, stem, title, notes, source.tables, source.figures)
-    return LAYOUTS[layout.get("layout", "perplexities")](page)
+    return layout.write(Page(cells, source.rows, name, stem, title, notes, source.tables, source.figures))
 
 
 def _from_records(name: str, overrides: list[str]) -> Source:
@@ -82,7 +79,7 @@ def _from_rows(file: Path) -> Source:
     return Source(frame.read_long(file), None, file.parent, file.parent, tuple(notes))
 
 
-def _footer(cells: pd.DataFrame, source: Source, layout: DictConfig) -> list[str]:
+def _footer(cells: pd.DataFrame, source: Source, layout: Layout) -> list[str]:
     """What a reader must know about these numbers, from the rows themselves."""
 
     def all_of(column: str) -> str:

@@ -19,6 +19,9 @@ REQUIRED = ("key", "evaluation", "metric", "protocol", "value")
 MEASUREMENT = ("evaluation", "metric", "protocol", "value", "text_sha256", "stderr", "n", "curve", "curve_stderr")
 """Columns of a long row that belong to the evaluation; all others describe the cell."""
 
+GROUPS = ("pruner", "allocator", "method", "objective", "recovery", "quantiser")
+"""Components of a cell, each a column of its config name and one for every parameter."""
+
 INNER = {"source": "perturbation", "pruner": "pruner"}
 """Config groups of components inside others, by parameter; others are of the group they stand in."""
 
@@ -27,7 +30,8 @@ def long(records: Iterable[Record]) -> pd.DataFrame:
     """One self-describing row per cell and evaluation: what `results/published` keeps and tables are made from.
 
     Columns: `key`, `scale`, `model`, `dtype`, `pattern`, `sparsity` (wanted), `achieved` (counted zeros), `seed`;
-    `pruner`, `allocator`, `method` by config name, every parameter as `allocator.beta`; `num_blocks` and
+    `pruner`, `allocator`, `method` and whatever else there is of `GROUPS` by config name, every parameter as
+    `allocator.beta`; `num_blocks` and
     `block_sparsity` (counted, first to last block, joined by `|`); `noted.<name>`, what the allocator noted as a number
     or block by block (the chosen strength, r); `seconds.<step>`; where and with what it ran; then
     `evaluation`, `metric`, `protocol`, `value`, the hash of the tokens and, where they apply, `stderr`, `n` (documents)
@@ -60,7 +64,8 @@ def _cell(record: Record) -> dict[str, Any]:
     science, execution = record.science, record.execution
     row: dict[str, Any] = {"key": record.key, "model": science["model"]["name"], "achieved": record.sparsity}
     row |= {name: science[name] for name in ("scale", "dtype", "pattern", "sparsity", "seed")}
-    for group in ("pruner", "allocator", "method"):
+    row |= {"part": science["part"]} if "part" in science else {}
+    for group in (group for group in GROUPS if group in science):
         row |= _component(group, group, science[group])
     profile = block_profile(record)
     row |= _trials(record.trials)
@@ -148,7 +153,7 @@ def read_long(file: Path) -> pd.DataFrame:
     missing = sorted({*REQUIRED} - set(rows))
     if missing:
         raise RecordError("Published rows lack columns", got=f"{file}: no {', '.join(missing)}")
-    parameters = [c for c in map(str, rows) if c.startswith(("pruner.", "allocator.", "method."))]
+    parameters = [c for c in map(str, rows) if c.startswith(tuple(f"{group}." for group in GROUPS))]
     return rows.assign(**{column: rows[column].map(_as_written) for column in parameters})
 
 
@@ -165,7 +170,8 @@ def _as_written(value: Any) -> Any:
 def wide(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per cell: its description, every evaluation's value under its name (`test`), and `test.protocol`.
 
-    Where a measurement has them, also `boolq.stderr`, `boolq.n` and `error_growth.absolute.curve`.
+    Where a measurement has them, also `boolq.stderr`, `boolq.n` and `error_growth.absolute.curve`. Parameters that came
+    after a cell was run have their former value (`_since_`).
     """
     shared = [column for column in rows if column not in MEASUREMENT]
     cells = rows.drop_duplicates("key")[shared].set_index("key", drop=False)
@@ -176,7 +182,25 @@ def wide(rows: pd.DataFrame) -> pd.DataFrame:
         for extra in ("stderr", "n", "curve", "curve_stderr"):
             if extra in by_key and by_key[extra].notna().any():
                 measured[f"{name}.{extra}"] = by_key[extra]
-    return pd.concat([cells, pd.DataFrame(measured, index=cells.index)], axis=1).reset_index(drop=True)
+    whole = pd.concat([_with_former_values(cells), pd.DataFrame(measured, index=cells.index)], axis=1)
+    return whole.reset_index(drop=True)
+
+
+def _with_former_values(cells: pd.DataFrame) -> pd.DataFrame:
+    """Fill parameters that a record does not have, because its cell was run with their former value or before them."""
+    filled = cells.copy()
+    for column in map(str, cells):
+        for name, fields in registry.former_values(_group_of(column)).items():
+            for field, value in fields.items():
+                lacking = cells[column].eq(name) & cells.get(f"{column}.{field}", pd.Series(index=cells.index)).isna()
+                filled.loc[lacking, f"{column}.{field}"] = value
+    return filled
+
+
+def _group_of(column: str) -> str:
+    """The config group of a component's column: `pruner` for `allocator.pruner`."""
+    group, *places = column.split(".")
+    return next((INNER[place] for place in reversed(places) if place in INNER), group)
 
 
 def profiles(cells: pd.DataFrame) -> dict[str, list[float]]:

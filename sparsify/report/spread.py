@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from sparsify.report.table import format_number
+from sparsify.report.numbers import format_number
 
 
 @dataclass(frozen=True)

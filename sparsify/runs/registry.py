@@ -67,6 +67,13 @@ def components() -> dict[str, str]:
     return found
 
 
+@cache
+def former_values(group: str) -> dict[str, dict[str, Any]]:
+    """The `_since_` of a group's components that have one, by config name."""
+    trees = {name: read(find(group, name)) for name in names(group)} if group in COMPONENTS else {}
+    return {name: tree["_since_"] for name, tree in trees.items() if "_since_" in tree}
+
+
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """YAML as OmegaConf reads it: 1e-3 is a number."""
 

@@ -96,7 +96,9 @@ def test_calibration_and_heldout_windows_of_the_paper_scale_are_disjoint(smollm2
     tokenizer = smollm2[1]
     with initialize_config_dir(str(paths.configs()), version_base="1.3"):
         config = compose("config", ["scale=paper"])
-    calibration, heldout = (registry.make(config[part]).inputs(tokenizer, 0).tokens for part in ("calibration", "heldout"))
+    calibration, heldout = (
+        registry.make(config[part]).inputs(tokenizer, 0).tokens for part in ("calibration", "heldout")
+    )
     whole = sparsify.windows(tokenizer, "c4", "train", n=None, seqlen=2048, sampler="joined")
     assert len(whole) >= 276
     assert torch.equal(calibration, whole[0:256:2])

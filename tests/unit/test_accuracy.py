@@ -1,18 +1,17 @@
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
-from omegaconf import OmegaConf
 
 from sparsify.errors import SparsifyError, UsageError
-from sparsify.report import accuracy, table, write
-from sparsify.report.layouts import table_config
+from sparsify.report import layouts, write
+from sparsify.report.layouts import accuracy
+from sparsify.report.numbers import paper_numbers
 
-LAYOUT = table_config("table2")
+LAYOUT = layouts.load("table2")
 SHOWN = ("dense", "uniform", "OWL", "AlphaPruning", "DSA", "ATP")
-SMALL = OmegaConf.merge(
-    LAYOUT, {"tasks": ["boolq", "piqa"], "rows": [row for row in LAYOUT.rows if row.label in SHOWN]}
-)
+SMALL = replace(LAYOUT, tasks=["boolq", "piqa"], rows=[row for row in LAYOUT.rows if row.label in SHOWN])
 
 
 def cell(allocator, boolq, piqa, sparsity=0.7, pruner="wanda", limit=""):
@@ -33,17 +32,17 @@ def cell(allocator, boolq, piqa, sparsity=0.7, pruner="wanda", limit=""):
     }
 
 
-def frames(*rows, sparsities=(0.7,)):
-    cells = accuracy.with_mean(SMALL, pd.DataFrame(rows))
-    found = table.entries(SMALL, cells, ["wanda"], list(sparsities))
-    return accuracy.mean_frame(SMALL, found, cells), accuracy.task_frame(SMALL, found, cells)
+def frames(*rows):
+    cells = SMALL.prepare(pd.DataFrame(rows))
+    entries = SMALL.entries(cells)
+    return accuracy.mean_frame(SMALL, entries, cells), accuracy.task_frame(SMALL, entries, cells)
 
 
 ROWS = (cell("uniform", 0.6, 0.7, 0.0, "magnitude"), cell("uniform", 0.4, 0.5), cell("atp", 0.5, 0.62))
 
 
 def test_the_mean_has_its_error_and_its_protocol():
-    cells = accuracy.with_mean(SMALL, pd.DataFrame([cell("uniform", 0.4, 0.5, limit=", first 20")]))
+    cells = SMALL.prepare(pd.DataFrame([cell("uniform", 0.4, 0.5, limit=", first 20")]))
     assert cells["accuracy"].iloc[0] == pytest.approx(0.45)
     assert cells["accuracy.stderr"].iloc[0] == pytest.approx(math.hypot(0.03, 0.04) / 2)
     assert cells["accuracy.protocol"].iloc[0] == "mean of 2 tasks@0-shot, first 20"
@@ -91,7 +90,7 @@ def test_the_tables_of_means_and_of_tasks():
 
 
 def test_several_sparsities_are_columns_of_the_means_and_rows_of_the_tasks():
-    means, tasks = frames(*ROWS, cell("atp", 0.55, 0.66, 0.6), sparsities=(0.6, 0.7))
+    means, tasks = frames(*ROWS, cell("atp", 0.55, 0.66, 0.6))
     assert [c for c in means.columns if c[0] == "ours"] == [("ours", "60%"), ("ours", "70%")]
     assert means.loc[("wanda", "ATP"), ("ours", "60%")] == "60.50 ± 2.50"
     assert tasks.loc[("wanda", "ATP 60%"), ("piqa", "acc")] == "66.00"
@@ -106,13 +105,13 @@ def test_a_cell_without_every_task_is_left_out_and_none_at_all_is_an_error():
     means, _ = frames(*ROWS[:2], cell("atp", 0.5, None))
     assert means.loc[("wanda", "ATP"), ("ours", "70%")] == "–"
     with pytest.raises(SparsifyError, match="No cell has every task"):
-        accuracy.with_mean(SMALL, pd.DataFrame([{"key": "a", "test": 20.0}]))
+        SMALL.prepare(pd.DataFrame([{"key": "a", "test": 20.0}]))
 
 
 def test_every_published_lead_has_a_row_of_the_table():
-    paper = table.paper_numbers(LAYOUT)
+    paper = paper_numbers(LAYOUT.paper)
     assert len(paper) == 5
-    assert set(paper["allocator"]) <= {row.get("paper") for row in LAYOUT.rows}
+    assert set(paper["allocator"]) <= {row.paper for row in LAYOUT.rows}
     assert all(paper["source"].str.startswith("ATP"))
 
 

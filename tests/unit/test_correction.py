@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -18,12 +19,12 @@ from sparsify.errors import UsageError
 from sparsify.evaluation.absorption import AbsorptionCurves
 from sparsify.evaluation.base import Evaluator, Subject
 from sparsify.model.blocks import BlockView
-from sparsify.report import absorption as absorption_report
-from sparsify.report import correction, correction_figures, frame
-from sparsify.report.layouts import table_config
+from sparsify.report import frame, layouts
+from sparsify.report.layouts import absorption as absorption_report
+from sparsify.report.layouts import correction, correction_figures
 from sparsify.runs import registry
 
-TASKS = table_config("table3").zeroshot.tasks
+TASKS = layouts.load("table3").zeroshot.tasks
 
 
 def cell(key, seed, test, heldout=0.0, allocator="owl", **more):
@@ -59,7 +60,7 @@ def cells():
 
 @pytest.fixture
 def layout():
-    return table_config("table3")
+    return layouts.load("table3")
 
 
 def test_the_strength_is_chosen_by_heldout_text_for_every_seed(cells, layout):
@@ -91,7 +92,7 @@ def test_a_seed_that_lacks_a_strength_does_not_take_it_from_the_others(cells, la
     assert sorted(row.chosen.index) == [0, 1, 2, 3, 4]  # two strengths of five seeds are more than three of three
     row = correction.corrections(layout, pd.concat([cells[cells["seed"] == 0], pd.DataFrame(whole)]))[0]
     assert sorted(row.chosen.index) == [2, 3, 4]
-    assert set(row.every["allocator.strength"]) == {0.2, 0.8, 1.6}
+    assert set(row.compared["allocator.strength"]) == {0.2, 0.8, 1.6}
 
 
 def test_a_correction_whose_rule_has_not_run_has_no_change(cells, layout):
@@ -110,8 +111,7 @@ def test_the_papers_averages_stand_beside_ours_at_their_sparsity(cells, layout):
     found = correction.corrections(layout, pd.concat([cells, cells.assign(sparsity=0.6)]))
     of_one_rule = correction.averages(layout, found, accuracy)
     assert list(of_one_rule.loc["wanda 70%"].iloc[0]) == ["–", "-7.13%", "–", "+1.02"]
-    layout.averaged = ["owl"]
-    table = correction.averages(layout, found, accuracy)
+    table = correction.averages(replace(layout, averaged=["owl"]), found, accuracy)
     assert list(table.loc["wanda 70%"].iloc[0]) == ["-10.0% [-10.0, -10.0]", "-7.13%", "+5.00", "+1.02"]
     assert list(table.loc["wanda 60%"].iloc[0]) == ["-10.0% [-10.0, -10.0]", "", "–", ""]
 
@@ -214,17 +214,18 @@ def test_numbers_of_things_below_one_are_refused(options):
         AbsorptionCurves(Windows(Corpus("text"), "train", 12, 5), Noise(0.1), **options)
 
 
-CURVES = OmegaConf.create(
-    {
-        "rows": [
-            {"label": "small", "of": "noise_1", "eta": 0.01},
-            {"label": "large", "of": "noise_2", "eta": 1.0},
-            {"label": "not run", "of": "noise_3", "eta": 2.0},
-        ],
-        "drifts": ["noise_1", "noise_2"],
-        "compared": ["noise_2"],
-        "pruning": "noise_2",
-    }
+CURVES = absorption_report.Absorption(
+    title="curves",
+    layout="absorption",
+    parts=[],
+    rows=[
+        absorption_report.DisturbanceRow("small", "noise_1", 0.01),
+        absorption_report.DisturbanceRow("large", "noise_2", 1.0),
+        absorption_report.DisturbanceRow("not run", "noise_3", 2.0),
+    ],
+    drifts=["noise_1", "noise_2"],
+    compared=["noise_2"],
+    pruning="noise_2",
 )
 
 

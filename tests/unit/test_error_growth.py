@@ -18,11 +18,11 @@ from sparsify.errors import NumericsError, UsageError
 from sparsify.evaluation.base import Evaluator, Subject
 from sparsify.evaluation.error_growth import ErrorGrowth
 from sparsify.model.blocks import BlockView
-from sparsify.report import curves, frame
-from sparsify.report.layouts import table_config
+from sparsify.report import frame, layouts
+from sparsify.report.layouts import curves
 from sparsify.types import Measurement
 
-LAYOUT = table_config("error_growth")
+LAYOUT = layouts.load("error_growth")
 
 
 def states(model, tokens):

@@ -4,12 +4,15 @@ import pandas as pd
 import pytest
 
 from sparsify.errors import UsageError
-from sparsify.report import compare, frame, table
-from sparsify.report.layouts import table_config
+from sparsify.report import frame, layouts
+from sparsify.report.layouts import compare
+from sparsify.report.layouts.entries import Entry, grid_frame
+from sparsify.report.numbers import format_number, paper_numbers
 from sparsify.report.select import pick, where
+from sparsify.runs import registry
 from sparsify.runs.record import Record
 
-LAYOUT = table_config("table1")
+LAYOUT = layouts.load("table1")
 
 
 def record(allocator, sparsity, test, heldout, beta=None, key=None):
@@ -78,7 +81,7 @@ def test_what_an_allocator_noted_by_block_is_in_the_rows(tmp_path):
 
 
 def test_both_selection_rules_report_the_test_value():
-    found = {(e.label, e.sparsity): e for e in table.entries(LAYOUT, cells(), ["wanda"], [0.7])}
+    found = {(e.label, e.sparsity): e for e in LAYOUT.entries(cells())}
     assert (found["ATP, best β by test", 0.7].value, found["ATP, best β by test", 0.7].note) == (150.0, "beta 0.002")
     assert (found["ATP, best β by held-out", 0.7].value, found["ATP, best β by held-out", 0.7].note) == (
         160.0,
@@ -88,8 +91,8 @@ def test_both_selection_rules_report_the_test_value():
 
 
 def test_a_cell_that_has_not_run_is_a_dash_and_papers_stand_beside_ours():
-    found = table.entries(LAYOUT, cells(), ["wanda"], [0.7])
-    shown = table.grid_frame(found, table.paper_numbers(LAYOUT), ["llama-7b", "llama2-7b"])
+    found = LAYOUT.entries(cells())
+    shown = grid_frame(found, paper_numbers(LAYOUT.paper), ["llama-7b", "llama2-7b"])
     assert shown.loc[("wanda", "OWL"), ("ours", "70%")] == "–"
     assert shown.loc[("wanda", "OWL"), ("llama-7b", "70%")] == "24.55"
     assert shown.loc[("wanda", "ATP, best β by held-out"), ("llama2-7b", "70%")] == ""
@@ -99,7 +102,7 @@ def test_protocols_never_share_a_table():
     mixed = cells()
     mixed.loc[0, "test.protocol"] = "other@8"
     with pytest.raises(UsageError, match="protocols"):
-        table.entries(LAYOUT, mixed, ["wanda"], [0.7])
+        LAYOUT.entries(mixed)
 
 
 def test_an_ambiguous_entry_is_an_error_and_not_a_guess():
@@ -118,12 +121,12 @@ def test_conditions_compare_numbers_by_value_and_booleans_by_identity():
     ("value", "text"), [(5.678, "5.68"), (101.26, "101.3"), (2053.8, "2054"), (123456.0, "1.2e+05")]
 )
 def test_numbers_are_printed_as_the_papers_do(value, text):
-    assert table.format_number(value) == text
+    assert format_number(value) == text
 
 
 @pytest.mark.parametrize(("value", "limit"), [(50.0, 0.01), (500.0, 0.03), (5000.0, 0.1)])
 def test_tolerance_grows_with_the_perplexity(value, limit):
-    layout = table_config("reference")
+    layout = layouts.load("reference")
     assert compare.tolerance(value, layout) == limit
 
 
@@ -132,17 +135,36 @@ def test_more_allocations_than_colours_get_a_panel_each(sparsities, tmp_path):
     import matplotlib.pyplot as plt
 
     from sparsify.report import figures
-    from sparsify.report.table import Entry
+    from sparsify.report.layouts import perplexity_figures
 
     labels = [f"rule {i}" for i in range(len(figures.COLOURS) + 2)]
     found = [Entry("wanda", label, s, 1.0, "", f"{label}{s}", "") for label in labels for s in sparsities]
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "_save", lambda figure, files: drawn.append(figure))
-        figures.layer_profile(tmp_path, "profile", found, {e.key: [e.sparsity] * 4 for e in found})
+        perplexity_figures.layer_profile(tmp_path, "profile", found, {e.key: [e.sparsity] * 4 for e in found})
     panels = [axes for axes in drawn[0].axes if axes.axison]
     assert [axes.get_title() for axes in panels] == labels
     for axes in panels:
         own = {line.get_label() for line in axes.get_lines()} & {f"{s:.0%}" for s in sparsities}
         assert len(own) == len(sparsities)
     plt.close(drawn[0])
+
+
+def test_a_parameter_that_came_later_has_its_former_value(monkeypatch):
+    grown = {"pruner": {"wanda": {"power": 0.5}}, "allocator": {"atp": {"gamma": 1}}}
+    monkeypatch.setattr(registry, "former_values", lambda group: grown.get(group, {}))
+    rows = frame.long([record("uniform", 0.5, 1.0, 2.0), record("atp", 0.5, 1.0, 2.0, beta=0.1)])
+    cells = frame.wide(rows.assign(**{"pruner.power": [None, None, 0.7, 0.7]}))
+    assert where(cells, {"pruner.power": 0.5})["allocator"].tolist() == ["uniform"]
+    assert where(cells, {"pruner.power": 0.7})["allocator"].tolist() == ["atp"]
+    assert where(cells, {"allocator.gamma": 1})["allocator"].tolist() == ["atp"]
+
+
+def test_stages_after_pruning_are_columns(monkeypatch):
+    stage = {"_target_": "elsewhere.Rounding", "bits": 4}
+    old = record("owl", 0.5, 1.0, 2.0)
+    rows = frame.long([old, replace(old, key="b", science=old.science | {"quantiser": stage, "part": "language"})])
+    cells = frame.wide(rows).set_index("key")
+    assert cells.loc["b", ["quantiser", "quantiser.bits", "part"]].tolist() == ["Rounding", 4, "language"]
+    assert cells.loc[old.key, ["quantiser", "part"]].isna().all()

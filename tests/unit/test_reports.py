@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from omegaconf import OmegaConf
 
-from sparsify.report import beta_study, frame, search, seeds
+from sparsify.report import frame
+from sparsify.report.layouts import beta_study, search, seeds
+from sparsify.report.layouts.base import Row
 from sparsify.report.spread import Spread
 
 
@@ -25,13 +26,12 @@ def searched():
     )
 
 
-LAYOUT = OmegaConf.create(
-    {
-        "value": "test",
-        "reference": "grid",
-        "rows": [{"label": x, "where": {"allocator": x}} for x in ("uniform", "grid", "evolution")],
-    }
-)
+def rows_of(*allocators):
+    return [Row(allocator, {"allocator": allocator}) for allocator in allocators]
+
+
+COMMON = {"title": "a table", "layout": "any", "parts": []}
+LAYOUT = search.Searches(**COMMON, reference="grid", rows=rows_of("uniform", "grid", "evolution"))
 
 
 def test_searches_are_compared_at_equal_trials_and_equal_seconds(searched):
@@ -67,9 +67,7 @@ def test_seeds_make_one_entry_per_text():
             "test": [10.0, 12.0, 20.0, 5.0],
         }
     )
-    layout = OmegaConf.create(
-        {"value": "test", "rows": [{"label": x, "where": {"allocator": x}} for x in ("owl", "uniform", "atp")]}
-    )
+    layout = seeds.Seeds(**COMMON, rows=rows_of("owl", "uniform", "atp"))
     table = seeds.over_seeds(layout, cells)
     assert list(table.index) == [("70%", "owl"), ("70%", "uniform")]
     assert list(table.loc[("70%", "uniform")]) == [str(Spread.of([10.0, 12.0])), "20.00"]
@@ -89,7 +87,7 @@ def test_the_beta_study_reads_grids_maximum_and_leak_off_the_curve():
             "heldout": [91.0, 71.0, 55.0, 61.0, 66.0],
         }
     )
-    layout = OmegaConf.create({"value": "test", "steps": [1, 2, 4], "pruners": ["sparsegpt", "wanda"]})
+    layout = beta_study.BetaStudy(**COMMON, steps=[1, 2, 4], pruners=["sparsegpt", "wanda"])
     row = list(beta_study.studied(layout, cells).loc[("wanda", "70%")])
     assert row == ["50.00", "60.00", "65.00", "0.004", "19%", "60.00", "50.00", "16.7%"]
 
@@ -106,7 +104,7 @@ def test_parameters_that_share_a_column_with_text_are_numbers_again(tmp_path):
 
 
 def test_a_table_of_the_dense_model_alone():
-    from sparsify.report.table import Entry, grid_frame
+    from sparsify.report.layouts.entries import Entry, grid_frame
 
     paper = pd.DataFrame(columns=["model", "pruner", "allocator", "sparsity", "value"])
     table = grid_frame([Entry("", "dense", 0.0, 21.6, "", "a", "dense")], paper, [])

@@ -1,15 +1,17 @@
-"""A table's layout applied to records: entries by row and sparsity, the paper's numbers beside ours."""
+"""Tables of rows by sparsity: each number with the row and the column it stands in, the papers' beside ours."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-from omegaconf import DictConfig
 
-from sparsify import paths
 from sparsify.errors import UsageError
+from sparsify.report.layouts.base import Layout, Row
+from sparsify.report.numbers import format_number
 from sparsify.report.select import pick, where
+from sparsify.runs import registry
 
 
 @dataclass(frozen=True)
@@ -35,65 +37,64 @@ class Entry:
     paper: str
 
 
-def entries(layout: DictConfig, cells: pd.DataFrame, pruners: list[str], sparsities: list[float]) -> list[Entry]:
-    """Every entry of the table, in reading order.
+@dataclass(frozen=True, kw_only=True)
+class Entries(Layout):
+    """Rows by sparsity, in groups by pruner.
 
-    Args:
-        layout: a file of `configs/table`.
-        cells: wide frame of the finished cells of this table.
-        pruners: groups of rows, in order.
-        sparsities: columns, in order; the dense row repeats in none of them.
-
-    Raises:
-        UsageError: the cells mix protocols, whose numbers must not share a column.
+    Attributes:
+        pruners: groups of rows, in order; others that have run follow.
+        rows: the dense model and the allocations.
+        paper: CSV of the papers' numbers.
     """
-    if not cells.empty:
-        _one_protocol(cells, layout.value)
-    found = [_entry(layout, cells, row, "", 0.0) for row in layout.rows if row.get("dense")]
-    for pruner in pruners:
-        for row in layout.rows:
-            if not row.get("dense"):
-                found += [_entry(layout, cells, row, pruner, sparsity) for sparsity in sparsities]
-    return found
+
+    pruners: list[str]
+    rows: list[Row]
+    paper: str
+
+    def entries(self, cells: pd.DataFrame) -> list[Entry]:
+        """Every number of the table, in reading order.
+
+        Raises:
+            UsageError: the cells mix protocols, whose numbers must not share a column.
+        """
+        _one_protocol(cells, self.value)
+        sparsities = sorted(s for s in cells["sparsity"].unique() if s)
+        entries = [entry_of(self.value, cells, row, "", 0.0) for row in self.rows if row.dense]
+        for pruner in self._pruners(cells):
+            for row in (row for row in self.rows if not row.dense):
+                entries += [entry_of(self.value, cells, row, pruner, sparsity) for sparsity in sparsities]
+        return entries
+
+    def _pruners(self, cells: pd.DataFrame) -> list[str]:
+        present = set(cells.loc[cells["sparsity"] > 0, "pruner"])
+        listed = [p for p in self.pruners if p in present]
+        return listed + [p for p in registry.names("pruner") if p in present and p not in listed]
 
 
-def _one_protocol(cells: pd.DataFrame, value: str) -> str:
+def _one_protocol(cells: pd.DataFrame, value: str) -> None:
     tags = sorted(cells[f"{value}.protocol"].dropna().unique())
     if len(tags) > 1:
         raise UsageError("Numbers of different protocols cannot share a table", got=", ".join(tags))
-    return str(tags[0]) if tags else ""
 
 
-def _entry(layout: DictConfig, cells: pd.DataFrame, row: DictConfig, pruner: str, sparsity: float) -> Entry:
-    conditions = {str(key): value for key, value in row.get("where", {}).items()}
-    conditions["sparsity"] = sparsity
-    if pruner:
-        conditions["pruner"] = pruner
-    cell = pick(where(cells, conditions), row.get("minimise"))
-    note = ""
-    if cell is not None and row.get("show"):
-        note = f"{row.show.rpartition('.')[2]} {cell[row.show]:.3f}"
-    value = None if cell is None else float(cell[layout.value])
-    return Entry(pruner, row.label, sparsity, value, note, "" if cell is None else cell["key"], row.get("paper", ""))
+def entry_of(value: str, cells: pd.DataFrame, row: Row, pruner: str, sparsity: float) -> Entry:
+    """The entry of a row at a sparsity: the one cell that meets its conditions, or the lowest in `minimise`."""
+    conditions = {**row.where, "sparsity": sparsity} | ({"pruner": pruner} if pruner else {})
+    cell = pick(where(cells, conditions), row.minimise)
+    if cell is None:
+        return Entry(pruner, row.label, sparsity, None, "", "", row.paper)
+    note = f"{row.show.rpartition('.')[2]} {cell[row.show]:.3f}" if row.show else ""
+    return Entry(pruner, row.label, sparsity, float(cell[value]), note, cell["key"], row.paper)
 
 
-def paper_numbers(layout: DictConfig) -> pd.DataFrame:
-    """The papers' numbers of this table, each with its source.
-
-    Columns: model, pruner, allocator, sparsity, protocol, value, source.
-    """
-    frame = pd.read_csv(paths.root() / layout.paper)
-    return frame.fillna({"pruner": ""})
-
-
-def grid_frame(found: list[Entry], paper: pd.DataFrame, paper_models: list[str]) -> pd.DataFrame:
+def grid_frame(entries: Sequence[Entry], paper: pd.DataFrame, paper_models: Sequence[str]) -> pd.DataFrame:
     """The table as text: rows (pruner, method), columns ours by sparsity, then the papers' by model and sparsity.
 
     An entry that has not run is an en dash; a number that the papers do not give (or we could not find) is blank.
     """
-    sparsities = sorted({e.sparsity for e in found if e.sparsity}) or [0.0]
+    sparsities = sorted({e.sparsity for e in entries if e.sparsity}) or [0.0]
     rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
-    for entry in found:
+    for entry in entries:
         cells = rows.setdefault((entry.pruner, entry.label), {})
         column = f"{entry.sparsity:.0%}" if entry.sparsity else f"{sparsities[0]:.0%}"
         cells["ours", column] = text_of(entry)
@@ -127,12 +128,3 @@ def text_of(entry: Entry) -> str:
         return "–"
     number = format_number(entry.value)
     return f"{number} ({entry.note})" if entry.note else number
-
-
-def format_number(value: float) -> str:
-    """Two decimals below 100, one below 1000, none below 100,000, scientific above: as the papers print them."""
-    if value < 100:
-        return f"{value:.2f}"
-    if value < 1000:
-        return f"{value:.1f}"
-    return f"{value:.0f}" if value < 1e5 else f"{value:.1e}"

@@ -5,25 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from omegaconf import DictConfig
 
 from sparsify.report import figures, frame
-from sparsify.report.correction import STRENGTH, Corrected
+from sparsify.report.layouts.corrected import STRENGTH, Corrected
 from sparsify.report.select import where
+
+if TYPE_CHECKING:
+    from sparsify.report.layouts.correction import Corrections
 
 
 def strength_figure(
-    folder: Path, name: str, layout: DictConfig, found: Sequence[Corrected], title: str, protocol: str
+    folder: Path, name: str, layout: Corrections, corrected: Sequence[Corrected], title: str, protocol: str
 ) -> list[Path]:
     """Perplexity against strength (geometric mean over seeds, band: least to largest); one panel per averaged rule.
 
     Panels end at ten times the least perplexity: corrections that do more harm leave them.
     """
-    panels_of = [_panel(found, rule) for rule in layout.averaged]
+    panels_of = [_panel(corrected, rule) for rule in layout.averaged]
     shown = [items for items in panels_of if items]
     with figures.saved(folder, name, 2.2 + 2.4 * len(shown), 2.6, max(len(shown), 1)) as (panels, files):
         for axes, items in zip(panels, shown, strict=False):
@@ -38,9 +41,9 @@ def strength_figure(
     return files
 
 
-def _colours(layout: DictConfig) -> dict[str, str]:
+def _colours(layout: Corrections) -> dict[str, str]:
     """A colour for every correction, the same in all panels."""
-    return dict(zip((str(row.label) for row in layout.corrections), cycle(figures.COLOURS), strict=False))
+    return dict(zip((row.label for row in layout.corrections), cycle(figures.COLOURS), strict=False))
 
 
 def _finish(panels: list[Axes], title: str) -> None:
@@ -50,17 +53,17 @@ def _finish(panels: list[Axes], title: str) -> None:
     panels[0].figure.suptitle(title, fontsize=8)
 
 
-def _panel(found: Sequence[Corrected], rule: str) -> list[Corrected]:
+def _panel(corrected: Sequence[Corrected], rule: str) -> list[Corrected]:
     """The corrections of a rule with the first pruner at the highest sparsity."""
-    of_rule = [item for item in found if item.allocator == rule]
+    of_rule = [item for item in corrected if item.allocator == rule]
     top = max((item.sparsity for item in of_rule), default=0.0)
     return [item for item in of_rule if item.pruner == of_rule[0].pruner and item.sparsity == top]
 
 
 def _strength_line(axes: Axes, item: Corrected, value: str, colour: object) -> None:
     by_strength = {0.0: item.plain[value].astype(float)} if len(item.plain) else {}
-    for strength in set(item.every[STRENGTH]):
-        by_strength[float(strength)] = where(item.every, {STRENGTH: strength})[value].astype(float)
+    for strength in set(item.compared[STRENGTH]):
+        by_strength[float(strength)] = where(item.compared, {STRENGTH: strength})[value].astype(float)
     strengths = sorted(by_strength)
     middle = [float(np.exp(np.log(by_strength[x]).mean())) for x in strengths]
     axes.plot(strengths, middle, "o-", markersize=3, color=colour, label=item.label)
@@ -68,9 +71,11 @@ def _strength_line(axes: Axes, item: Corrected, value: str, colour: object) -> N
     axes.fill_between(strengths, low, high, color=colour, alpha=0.1, linewidth=0)
 
 
-def profile_figure(folder: Path, name: str, layout: DictConfig, found: Sequence[Corrected], title: str) -> list[Path]:
+def profile_figure(
+    folder: Path, name: str, layout: Corrections, corrected: Sequence[Corrected], title: str
+) -> list[Path]:
     """Sparsity by block of the rule as it is and of some corrections at their chosen strength, first seed."""
-    shown = [items for items in (_panel(found, rule) for rule in layout.averaged) if items]
+    shown = [items for items in (_panel(corrected, rule) for rule in layout.averaged) if items]
     with figures.saved(folder, name, 2.2 + 2.4 * len(shown), 2.6, max(len(shown), 1)) as (panels, files):
         for axes, items in zip(panels, shown, strict=False):
             if len(items[0].plain):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,90 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
-from omegaconf import DictConfig
 
 from sparsify.errors import UsageError
 from sparsify.report import figures
+from sparsify.report.layouts.base import Layout, Page
+from sparsify.report.numbers import format_number
 from sparsify.report.select import pick, where
-from sparsify.report.table import format_number
 
 DEPTHS = {"1/4": 0.25, "1/2": 0.5, "3/4": 0.75, "last": 1.0}
 """Depths at which the table reads a curve."""
 BASELINES = [figures.COLOURS[i] for i in (6, 2, 3, 4)]
 """Neither red nor blue, which are for the rows that range over a number."""
+
+
+@dataclass(frozen=True)
+class CurveRow:
+    """A line, or several.
+
+    Attributes:
+        label: as printed; `{:g}` stands for the value of `each`.
+        where: columns of the wide rows and what they must be.
+        each: a column of numbers: one line for each of its values.
+    """
+
+    label: str
+    where: dict[str, Any]
+    each: str | None = None
+
+
+@dataclass(frozen=True)
+class AtLast:
+    """A further curve of which the table shows the value at the last block."""
+
+    label: str
+    curve: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel of the figure.
+
+    Attributes:
+        label: its title.
+        curve: the measurement that is drawn.
+        over: a measurement it is divided by, at the block before.
+        dense: curves of the dense model to draw instead, by label.
+        level: height of a dotted line.
+        log: whether the axis is logarithmic.
+    """
+
+    label: str
+    curve: str = ""
+    over: str = ""
+    dense: dict[str, str] = field(default_factory=dict)
+    level: float | None = None
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        if bool(self.curve) == bool(self.dense):
+            raise UsageError(f"The panel {self.label!r} needs one of `curve` and `dense`", got=self.curve or "neither")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves(Layout):
+    """Curves over depth: a figure of panels, and a table of the main one at a few depths.
+
+    Attributes:
+        curve: the evaluation whose curve is tabulated.
+        curve_label: heading of its columns.
+        rows: lines.
+        at_last: further columns.
+        panels: of the figure.
+    """
+
+    curve: str
+    curve_label: str
+    rows: list[CurveRow]
+    at_last: list[AtLast] = field(default_factory=list)
+    panels: list[Panel]
+
+    def write(self, page: Page) -> list[Path]:
+        """A table and a figure."""
+        drawn = lines(self, page.cells)
+        files = page.write(summary(self, drawn))
+        return files + figure(page.figures, f"{page.name}_{page.stem}", self, drawn, page.title)
 
 
 @dataclass(frozen=True)
@@ -39,7 +112,7 @@ class Line:
         return [float(x) for x in text.split("|")] if isinstance(text, str) else []
 
 
-def lines(layout: DictConfig, cells: pd.DataFrame) -> list[Line]:
+def lines(layout: Curves, cells: pd.DataFrame) -> list[Line]:
     """The layout's rows that have been measured; a row with `each` is one line per value of that column.
 
     Raises:
@@ -47,25 +120,26 @@ def lines(layout: DictConfig, cells: pd.DataFrame) -> list[Line]:
     """
     column = f"{layout.curve}.curve"
     measured = cells[cells[column].notna()] if column in cells else cells.iloc[:0]
-    found: list[Line] = []
+    drawn: list[Line] = []
     for colour, row in zip(cycle(BASELINES), layout.rows, strict=False):
-        chosen = where(measured, row["where"])
-        if "each" not in row:
+        chosen = where(measured, row.where)
+        if row.each is None:
             cell = pick(chosen, None)
-            found += [] if cell is None else [Line(row.label, cell, colour, "--")]
+            drawn += [] if cell is None else [Line(row.label, cell, colour, "--")]
         else:
-            found += _one_each(row, chosen)
-    if not found:
+            drawn += _one_each(row, chosen)
+    if not drawn:
         raise UsageError(
             "No cell of this table has its curves yet",
             got=f"{len(cells)} cells without {layout.curve}",
             fix=f"eval={layout.curve}",
         )
-    return found
+    return drawn
 
 
-def _one_each(row: DictConfig, cells: pd.DataFrame) -> list[Line]:
+def _one_each(row: CurveRow, cells: pd.DataFrame) -> list[Line]:
     """Cells by the value of a column: reds below zero, blues above, darker farther out."""
+    assert row.each is not None
     values = sorted(float(value) for value in cells[row.each].unique()) if row.each in cells else []
     reach = max((abs(value) for value in values), default=1.0)
     made = []
@@ -77,10 +151,10 @@ def _one_each(row: DictConfig, cells: pd.DataFrame) -> list[Line]:
     return made
 
 
-def summary(layout: DictConfig, found: list[Line]) -> pd.DataFrame:
+def summary(layout: Curves, drawn: list[Line]) -> pd.DataFrame:
     """One row per allocation: the table's value, the main curve at a quarter, half, ... of the depth, and `last`."""
     rows, index = [], []
-    for line in found:
+    for line in drawn:
         curve = line.values(layout.curve)
         ends = [line.values(item.curve)[-1] for item in layout.at_last]
         rows.append(
@@ -97,13 +171,13 @@ def summary(layout: DictConfig, found: list[Line]) -> pd.DataFrame:
     )
 
 
-def figure(folder: Path, name: str, layout: DictConfig, found: list[Line], title: str) -> list[Path]:
+def figure(folder: Path, name: str, layout: Curves, drawn: list[Line], title: str) -> list[Path]:
     """The layout's panels, three in a row; bands are one standard error between the windows of the text."""
     rows = -(-len(layout.panels) // 3)
     width = 1.5 + 2.1 * min(len(layout.panels), 3)
     with figures.saved(folder, name, width, 0.4 + 1.85 * rows, len(layout.panels), False, rows) as (panels, files):
         for axes, panel in zip(panels, layout.panels, strict=False):
-            _panel(axes, panel, found)
+            _panel(axes, panel, drawn)
         for axes in panels[-3:]:
             axes.set_xlabel("block")
         for axes in panels[len(layout.panels) :]:
@@ -114,37 +188,37 @@ def figure(folder: Path, name: str, layout: DictConfig, found: list[Line], title
     return files
 
 
-def _panel(axes: Axes, panel: DictConfig, found: list[Line]) -> None:
-    if "dense" in panel:
-        _dense_curves(axes, panel, found[0])
+def _panel(axes: Axes, panel: Panel, drawn: list[Line]) -> None:
+    if panel.dense:
+        _dense_curves(axes, panel, drawn[0])
     else:
-        for line in found:
-            curve = _over(line, panel) if "over" in panel else line.values(panel.curve)
+        for line in drawn:
+            curve = _over(line, panel) if panel.over else line.values(panel.curve)
             axes.plot(range(1, len(curve) + 1), curve, line.style, color=line.colour, label=line.label)
             _band(axes, line, panel)
-    if "level" in panel:
+    if panel.level is not None:
         axes.axhline(panel.level, color="0.5", linewidth=0.8, linestyle=":")
-    if panel.get("log"):
+    if panel.log:
         figures.log_axis(axes, "y")
     axes.set_title(panel.label)
 
 
-def _over(line: Line, panel: DictConfig) -> list[float]:
+def _over(line: Line, panel: Panel) -> list[float]:
     """A curve over another one at the block before; the first block has none before it."""
     before = line.values(panel.over)
     pairs = zip(line.values(panel.curve)[1:], before, strict=False)
     return [math.nan, *(this / that if that else math.nan for this, that in pairs)]
 
 
-def _band(axes: Axes, line: Line, panel: DictConfig) -> None:
+def _band(axes: Axes, line: Line, panel: Panel) -> None:
     errors = line.values(panel.curve, "curve_stderr")
-    if errors and "over" not in panel:
+    if errors and not panel.over:
         curve = line.values(panel.curve)
         low, high = ([c + sign * e for c, e in zip(curve, errors, strict=True)] for sign in (-1, 1))
         axes.fill_between(range(1, len(curve) + 1), low, high, color=line.colour, alpha=0.15, linewidth=0)
 
 
-def _dense_curves(axes: Axes, panel: DictConfig, line: Line) -> None:
+def _dense_curves(axes: Axes, panel: Panel, line: Line) -> None:
     """Curves of the dense model, the same whatever was pruned."""
     for style, (label, curve) in zip(("-", "-."), panel.dense.items(), strict=False):
         values = line.values(curve)

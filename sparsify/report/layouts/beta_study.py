@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import pandas as pd
-from omegaconf import DictConfig
 
 from sparsify.allocators.arithmetic import legal_maximum
+from sparsify.report.layouts.base import Layout, Page
+from sparsify.report.numbers import format_number
 from sparsify.report.select import pick, where
-from sparsify.report.table import format_number
 
 
-def studied(layout: DictConfig, cells: pd.DataFrame) -> pd.DataFrame:
+@dataclass(frozen=True, kw_only=True)
+class BetaStudy(Layout):
+    """Grid step, share of the legal maximum, and the worth of choosing beta on the test text.
+
+    Attributes:
+        pruners: groups of rows, in order.
+        steps: grids, in units of the finest that has run.
+    """
+
+    pruners: list[str]
+    steps: list[int]
+
+    def write(self, page: Page) -> list[Path]:
+        """A table."""
+        return page.write(studied(self, page.cells))
+
+
+def studied(layout: BetaStudy, cells: pd.DataFrame) -> pd.DataFrame:
     """One row per pruner and sparsity, from the cells of the beta curve; beta = 0 is the uniform allocation.
 
     Columns: best test perplexity on grids of `layout.steps` times the finest step, held-out choice of beta, its share
@@ -22,9 +42,9 @@ def studied(layout: DictConfig, cells: pd.DataFrame) -> pd.DataFrame:
     rows, index = [], []
     for pruner in [p for p in layout.pruners if p in set(curve["pruner"])]:
         for sparsity in sorted(set(curve["sparsity"])):
-            found = where(curve, {"pruner": pruner, "sparsity": sparsity})
-            if (found["beta"] > 0).any():
-                rows.append(_row(found, layout, step))
+            here = where(curve, {"pruner": pruner, "sparsity": sparsity})
+            if (here["beta"] > 0).any():
+                rows.append(_row(here, layout, step))
                 index.append((pruner, f"{sparsity:.0%}"))
     columns = [("grid of", f"{factor * step:g}") for factor in layout.steps]
     columns += [
@@ -40,10 +60,10 @@ def studied(layout: DictConfig, cells: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def _row(found: pd.DataFrame, layout: DictConfig, step: float) -> list[str]:
+def _row(cells: pd.DataFrame, layout: BetaStudy, step: float) -> list[str]:
     value = layout.value
-    grids = [found[(found["beta"] / (factor * step)).round(6) % 1 == 0] for factor in layout.steps]
-    honest, leaked = pick(found, "heldout"), pick(found, value)
+    grids = [cells[(cells["beta"] / (factor * step)).round(6) % 1 == 0] for factor in layout.steps]
+    honest, leaked = pick(cells, "heldout"), pick(cells, value)
     assert honest is not None
     assert leaked is not None
     limit = legal_maximum(float(honest["sparsity"]), int(honest["num_blocks"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 
@@ -12,13 +12,52 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from omegaconf import DictConfig
 
 from sparsify.errors import UsageError
 from sparsify.report import figures
+from sparsify.report.layouts.base import Layout, Page
 from sparsify.report.select import pick
 
 THIRDS = ("first third", "middle", "last third")
+
+
+@dataclass(frozen=True)
+class DisturbanceRow:
+    """A disturbance.
+
+    Attributes:
+        label: as printed.
+        of: the evaluation that measured it.
+        eta: size of the noise, for the rows of the sweep over sizes.
+    """
+
+    label: str
+    of: str
+    eta: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absorption(Layout):
+    """Coefficients by third of the depth, drifts, and r by block and size of the noise.
+
+    Attributes:
+        rows: disturbances.
+        drifts: evaluations that are columns of the drift figure.
+        compared: evaluations whose coefficients are set side by side.
+        pruning: the evaluation whose sizes mark the scale of pruning.
+    """
+
+    rows: list[DisturbanceRow]
+    drifts: list[str] = field(default_factory=list)
+    compared: list[str] = field(default_factory=list)
+    pruning: str | None = None
+
+    def write(self, page: Page) -> list[Path]:
+        """A table and two figures."""
+        measured = disturbances(self, page.cells)
+        files = page.write(summary(measured))
+        files += drift_figure(page.figures, f"drift_{page.stem}", self, measured, page.title)
+        return files + coefficient_figure(page.figures, f"absorption_{page.stem}", self, measured, page.title)
 
 
 @dataclass(frozen=True)
@@ -59,24 +98,24 @@ class Disturbance:
         return sorted(int(n[len(start) : -len(end)]) for n in names if n.startswith(start) and n.endswith(end))
 
 
-def disturbances(layout: DictConfig, cells: pd.DataFrame) -> list[Disturbance]:
+def disturbances(layout: Absorption, cells: pd.DataFrame) -> list[Disturbance]:
     """The layout's rows that have been measured.
 
     Raises:
         UsageError: none has.
     """
     cell = pick(cells, None)
-    rows = [] if cell is None else [Disturbance(row.label, row.of, cell, row.get("eta")) for row in layout.rows]
-    found = [row for row in rows if row.r]
-    if not found:
+    rows = [] if cell is None else [Disturbance(row.label, row.of, cell, row.eta) for row in layout.rows]
+    measured = [row for row in rows if row.r]
+    if not measured:
         raise UsageError("No disturbance of this table has been measured", fix="eval=absorption")
-    return found
+    return measured
 
 
-def summary(found: Sequence[Disturbance]) -> pd.DataFrame:
+def summary(measured: Sequence[Disturbance]) -> pd.DataFrame:
     """A row per disturbance: size, r and the number of absorbing blocks by third, excess, falling steps."""
     rows, index = [], []
-    for item in found:
+    for item in measured:
         r, falls = item.r[:-1], item.curve("falls")[:-1]
         thirds = [list(part) for part in np.array_split(np.array(r), 3)]
         rows.append(
@@ -98,13 +137,13 @@ def _geometric(values: Sequence[float]) -> float:
     return float(np.exp(np.mean(np.log(values)))) if len(values) else math.nan
 
 
-def drift_figure(folder: Path, name: str, layout: DictConfig, found: list[Disturbance], title: str) -> list[Path]:
+def drift_figure(folder: Path, name: str, layout: Absorption, measured: list[Disturbance], title: str) -> list[Path]:
     """Relative drift (above) and distance 1 - cosine (below) from the disturbed block to the end; a column each.
 
     Bands: two standard errors over windows. Dotted: the drift if every later block handed the disturbance on and only
     the residual stream grew.
     """
-    shown = [item for of in layout.drifts for item in found if item.of == of]
+    shown = [item for of in layout.drifts for item in measured if item.of == of]
     columns = len(shown)
     with figures.saved(folder, name, 0.9 + 1.9 * columns, 4.0, 2 * columns, False, rows=2) as (panels, files):
         for column, item in enumerate(shown):
@@ -128,18 +167,20 @@ def drift_figure(folder: Path, name: str, layout: DictConfig, found: list[Distur
     return files
 
 
-def coefficient_figure(folder: Path, name: str, layout: DictConfig, found: list[Disturbance], title: str) -> list[Path]:
+def coefficient_figure(
+    folder: Path, name: str, layout: Absorption, measured: list[Disturbance], title: str
+) -> list[Path]:
     """Coefficients r for noise of every size, the same as a map with the line r = 1, and r of other disturbances."""
-    sweep = [item for item in found if item.eta is not None]
+    sweep = [item for item in measured if item.eta is not None]
     with figures.saved(folder, name, 9.6, 2.7, 3, sharey=False) as (panels, files):
         colours = mpl.colormaps["plasma"](np.linspace(0, 0.85, len(sweep)))
         for item, colour in zip(sweep, colours, strict=True):
             _line(panels[0], item, colour, "-")
-        through = found[0].curve("pass_through")
+        through = measured[0].curve("pass_through")
         panels[0].plot(range(1, len(through) + 1), through, ":", color="0.3", label="pass-through")
         if len(sweep) > 1:
-            _transition(panels[1], sweep, next((x for x in found if x.of == layout.pruning), None))
-        others = [item for of in layout.compared for item in found if item.of == of]
+            _transition(panels[1], sweep, next((x for x in measured if x.of == layout.pruning), None))
+        others = [item for of in layout.compared for item in measured if item.of == of]
         for item, colour, style in zip(others, cycle(figures.COLOURS), cycle(["-", "--"]), strict=False):
             _line(panels[2], item, colour, style)
         for axes in (panels[0], panels[2]):

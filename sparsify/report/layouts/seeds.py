@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-import pandas as pd
-from omegaconf import DictConfig
+from dataclasses import dataclass
+from pathlib import Path
 
+import pandas as pd
+
+from sparsify.report.layouts.base import Layout, Page, Row
 from sparsify.report.select import where
 from sparsify.report.spread import Spread
 
 
-def over_seeds(layout: DictConfig, cells: pd.DataFrame) -> pd.DataFrame:
+@dataclass(frozen=True, kw_only=True)
+class Seeds(Layout):
+    """Means and intervals over seeds.
+
+    Attributes:
+        rows: allocations.
+    """
+
+    rows: list[Row]
+
+    def write(self, page: Page) -> list[Path]:
+        """A table."""
+        return page.write(over_seeds(self, page.cells))
+
+
+def over_seeds(layout: Seeds, cells: pd.DataFrame) -> pd.DataFrame:
     """Rows (sparsity, allocation), columns by calibration text: `mean ± half of the 95% interval (runs)`."""
     texts = list(dict.fromkeys(cells["calibration"].map(text_of)))
     rows, index = [], []
     for sparsity in sorted(set(cells["sparsity"])):
         for row in layout.rows:
-            found = where(cells, {**row.where, "sparsity": sparsity})
-            if not found.empty:
-                rows.append([_entry(found[found["calibration"].map(text_of) == text], layout.value) for text in texts])
+            here = where(cells, {**row.where, "sparsity": sparsity})
+            if not here.empty:
+                rows.append([_entry(here[here["calibration"].map(text_of) == text], layout.value) for text in texts])
                 index.append((f"{sparsity:.0%}", str(row.label)))
     columns = pd.MultiIndex.from_tuples([("calibrated on", text) for text in texts])
     return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(index, names=["sparsity", "allocation"]), columns=columns)
@@ -28,5 +46,5 @@ def text_of(calibration: str) -> str:
     return calibration.split(" ", 1)[0]
 
 
-def _entry(found: pd.DataFrame, value: str) -> str:
-    return "" if found.empty else str(Spread.of(list(found[value])))
+def _entry(cells: pd.DataFrame, value: str) -> str:
+    return "" if cells.empty else str(Spread.of(list(cells[value])))

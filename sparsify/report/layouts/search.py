@@ -10,11 +10,30 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from numpy import ndarray
-from omegaconf import DictConfig
 
 from sparsify.report.figures import COLOURS, log_axis, saved
+from sparsify.report.layouts.base import Layout, Page, Row
+from sparsify.report.numbers import format_number
 from sparsify.report.select import pick, where
-from sparsify.report.table import format_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Searches(Layout):
+    """What searches cost and bring.
+
+    Attributes:
+        rows: searches, and rules without search.
+        reference: label of the row whose trials and seconds the others are held to.
+    """
+
+    rows: list[Row]
+    reference: str
+
+    def write(self, page: Page) -> list[Path]:
+        """A table and a figure."""
+        runs, protocol = runs_of(self, page.cells), str(page.cells["heldout.protocol"].iloc[0])
+        files = page.write(summary(self, runs))
+        return files + figure(page.figures, f"search_{page.stem}", self, runs, protocol)
 
 
 @dataclass(frozen=True)
@@ -49,23 +68,23 @@ class Run:
         return float(self.best_so_far[done - 1]) if done else None
 
 
-def runs_of(layout: DictConfig, cells: pd.DataFrame) -> list[Run]:
+def runs_of(layout: Searches, cells: pd.DataFrame) -> list[Run]:
     """Every row of the layout at every sparsity, where it has run."""
-    found = []
+    runs = []
     for sparsity in sorted(set(cells.loc[cells["sparsity"] > 0, "sparsity"])):
         for row in layout.rows:
-            cell = pick(where(cells, {**row.where, "sparsity": sparsity}), row.get("minimise"))
+            cell = pick(where(cells, {**row.where, "sparsity": sparsity}), row.minimise)
             if cell is not None:
                 curves = (_numbers(cell.get(f"trials.{name}")) for name in ("heldout", "seconds"))
-                found.append(Run(str(row.label), float(sparsity), cell, *curves))
-    return found
+                runs.append(Run(str(row.label), float(sparsity), cell, *curves))
+    return runs
 
 
 def _numbers(text: object) -> Float[ndarray, " n"]:
     return np.array([float(x) for x in text.split("|")] if isinstance(text, str) else [])
 
 
-def summary(layout: DictConfig, runs: list[Run]) -> pd.DataFrame:
+def summary(layout: Searches, runs: list[Run]) -> pd.DataFrame:
     """Trials and seconds spent, the best trial at equal trials and equal seconds, and the chosen plan in full."""
     rows, index = [], []
     for run in runs:
@@ -88,7 +107,7 @@ def summary(layout: DictConfig, runs: list[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(index, names=["sparsity", "search"]), columns=frame)
 
 
-def _row(run: Run, reference: Run | None, layout: DictConfig, best: float) -> list[str]:
+def _row(run: Run, reference: Run | None, layout: Searches, best: float) -> list[str]:
     trials = len(run.heldout)
     equal: list[float | None] = [None, None]
     if reference is not None and trials:
@@ -106,7 +125,7 @@ def _row(run: Run, reference: Run | None, layout: DictConfig, best: float) -> li
     ]
 
 
-def figure(folder: Path, name: str, layout: DictConfig, runs: list[Run], protocol: str) -> list[Path]:
+def figure(folder: Path, name: str, layout: Searches, runs: list[Run], protocol: str) -> list[Path]:
     """Best held-out perplexity so far, against trials and against seconds, one row of panels per sparsity."""
     sparsities = sorted({run.sparsity for run in runs if len(run.heldout)})
     searched = {run.label for run in runs if len(run.heldout)}

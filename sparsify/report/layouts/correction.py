@@ -5,118 +5,110 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from omegaconf import DictConfig
 
-from sparsify.report.accuracy import with_mean
-from sparsify.report.select import pick, where
+from sparsify.report.layouts.accuracy import with_mean
+from sparsify.report.layouts.base import Layout, Page, Row
+from sparsify.report.layouts.corrected import STRENGTH, Corrected, corrections
+from sparsify.report.layouts.correction_figures import profile_figure, strength_figure
+from sparsify.report.numbers import paper_numbers
+from sparsify.report.select import where
 from sparsify.report.spread import Spread
-from sparsify.report.table import paper_numbers
-
-STRENGTH = "allocator.strength"
 
 
 @dataclass(frozen=True)
-class Corrected:
-    """One rule at one sparsity with one correction, by seed.
+class Rule:
+    """A rule that is corrected.
 
     Attributes:
-        pruner: config name.
-        sparsity: wanted.
-        rule: label of the rule.
+        label: as printed.
         allocator: its config name.
-        label: of the correction.
-        plain: cells of the rule as it is, index by seed.
-        chosen: cells of the best strength for each seed, index by seed.
-        every: cells of the strengths and seeds that count: every one of these seeds has every one of these strengths.
     """
 
-    pruner: str
-    sparsity: float
-    rule: str
-    allocator: str
     label: str
-    plain: pd.DataFrame
-    chosen: pd.DataFrame
-    every: pd.DataFrame
-
-    def changes(self, value: str, against: pd.DataFrame | None = None) -> dict[int, float]:
-        """log(corrected / plain), or over other cells by seed, of every seed that has both."""
-        other = self.plain if against is None else against
-        seeds = self.chosen.index.intersection(other.index)
-        return {int(seed): math.log(self.chosen.loc[seed, value] / other.loc[seed, value]) for seed in seeds}
+    allocator: str
 
 
-def corrections(layout: DictConfig, cells: pd.DataFrame) -> list[Corrected]:
-    """Every rule and correction of the layout that has run, in reading order."""
-    found = []
-    cells = cells[~_searched(cells) & cells[[layout.value, layout.minimise]].notna().all(axis=1)]
-    for pruner in layout.pruners:
-        for sparsity in sorted(s for s in cells["sparsity"].unique() if s):
-            here = where(cells, {"pruner": pruner, "sparsity": sparsity})
-            for rule in layout.rules:
-                plain = where(here, {"allocator": rule.allocator}).set_index("seed")
-                for item in layout.corrections:
-                    inner = {"allocator": "absorption", "allocator.inner": rule.allocator}
-                    every = _comparable(where(here, {**inner, **item.where}))
-                    chosen = _best_by_seed(every, layout.minimise)
-                    row = (pruner, float(sparsity), rule.label, rule.allocator, item.label, plain, chosen, every)
-                    found += [Corrected(*row)] if len(chosen) else []
-    return found
+@dataclass(frozen=True)
+class ZeroShot:
+    """The zero-shot column.
+
+    Attributes:
+        value: name of the mean.
+        tasks: evaluations that it is over.
+    """
+
+    value: str
+    tasks: list[str]
 
 
-def _searched(cells: pd.DataFrame) -> pd.Series:
-    """Cells that searched their strength themselves: they are for the zero-shot columns."""
-    strength = cells[STRENGTH] if STRENGTH in cells else pd.Series("", index=cells.index)
-    return strength == "auto"
+@dataclass(frozen=True, kw_only=True)
+class Corrections(Layout):
+    """Every rule plain, corrected and with controls; the correction over the controls; the paper's averages.
 
+    Attributes:
+        minimise: the evaluation that chooses the strength, for each seed.
+        pruners: groups of rows, in order.
+        rules: what is corrected.
+        corrections: rows below each rule; the first is the correction itself, the others are held against it.
+        averaged: allocators that the paper's averages are over.
+        profiled: labels of the corrections in the figure of profiles.
+        zeroshot: the zero-shot column.
+        paper: CSV of the paper's averages.
+    """
 
-def _comparable(cells: pd.DataFrame) -> pd.DataFrame:
-    """The most cells of which every seed has every strength, so that all seeds choose among the same."""
-    if cells.empty:
-        return cells
-    seeds = {strength: set(part["seed"]) for strength, part in cells.groupby(STRENGTH)}
-    grids = [grid for size in range(1, len(seeds) + 1) for grid in combinations(seeds, size)]
-    whole = {grid: set.intersection(*(seeds[strength] for strength in grid)) for grid in grids}
-    best = max(grids, key=lambda grid: (len(grid) * len(whole[grid]), len(grid)))
-    return cells[cells[STRENGTH].isin(best) & cells["seed"].isin(whole[best])]
+    minimise: str
+    pruners: list[str]
+    rules: list[Rule]
+    corrections: list[Row]
+    averaged: list[str]
+    profiled: list[str] = field(default_factory=list)
+    zeroshot: ZeroShot
+    paper: str
 
-
-def _best_by_seed(cells: pd.DataFrame, minimise: str) -> pd.DataFrame:
-    best = [pick(part, minimise) for _, part in cells.groupby("seed")] if len(cells) else []
-    return pd.DataFrame([row for row in best if row is not None]).set_index("seed") if best else cells
+    def write(self, page: Page) -> list[Path]:
+        """Tables, and figures of strengths and profiles."""
+        corrected, accuracy = corrections(self, page.cells), accuracies(self, page.cells)
+        more = [(f"{page.title}: the paper's averages", averages(self, corrected, accuracy))]
+        if len(rivals := against(self, corrected)):
+            more.insert(0, (f"{page.title}: corrected over the others, below zero it is the better one", rivals))
+        files = page.write(summary(self, corrected, accuracy), more)
+        protocol = str(page.cells[f"{self.value}.protocol"].iloc[0])
+        strength, profile = (f"{kind}_{page.name}_{page.stem}" for kind in ("strength", "layer_profile"))
+        files += strength_figure(page.figures, strength, self, corrected, page.title, protocol)
+        return files + profile_figure(page.figures, profile, self, corrected, page.title)
 
 
 Accuracy = Callable[[str, float, str, str | None], dict[int, float]]
 """Mean accuracy in percent by seed, for a pruner, sparsity, rule and label of the correction (None: the plain rule)."""
 
 
-def accuracies(layout: DictConfig, cells: pd.DataFrame) -> Accuracy:
+def accuracies(layout: Corrections, cells: pd.DataFrame) -> Accuracy:
     """Look-up of the zero-shot cells that have run."""
-    tasks = list(layout.zeroshot.tasks)
-    some = cells.reindex(columns=tasks).notna().all(axis=1).any()
-    measured = with_mean(layout.zeroshot, cells) if some else cells.iloc[:0]
-    meaning = {str(row.label): dict(row["where"]) for row in layout.corrections}
+    tasks = layout.zeroshot.tasks
+    some = cells.reindex(columns=list(tasks)).notna().all(axis=1).any()
+    measured = with_mean(cells, tasks, layout.zeroshot.value) if some else cells.iloc[:0]
+    meaning = {row.label: row.where for row in layout.corrections}
 
     def look_up(pruner: str, sparsity: float, rule: str, label: str | None) -> dict[int, float]:
         conditions = {"pruner": pruner, "sparsity": sparsity, "allocator": rule if label is None else "absorption"}
         if label is not None:
             conditions |= {"allocator.inner": rule, STRENGTH: "auto", **meaning[label]}
-        found = where(measured, conditions)
-        return {} if found.empty else dict(zip(found["seed"], 100 * found[layout.zeroshot.value], strict=True))
+        cells = where(measured, conditions)
+        return {} if cells.empty else dict(zip(cells["seed"], 100 * cells[layout.zeroshot.value], strict=True))
 
     return look_up
 
 
-def summary(layout: DictConfig, found: Sequence[Corrected], accuracy: Accuracy) -> pd.DataFrame:
+def summary(layout: Corrections, corrected: Sequence[Corrected], accuracy: Accuracy) -> pd.DataFrame:
     """Rows (pruner, sparsity, rule and correction): perplexity, change, chosen strengths, zero-shot and its change."""
     rows: dict[tuple[str, str], list[str]] = {}
-    grid = {float(x) for item in found for x in item.every[STRENGTH]}
-    for item in found:
+    grid = {float(x) for item in corrected for x in item.compared[STRENGTH]}
+    for item in corrected:
         at = (item.pruner, item.sparsity, item.allocator)
         group, plain, shown = _group(item), accuracy(*at, None), accuracy(*at, item.label)
         rows.setdefault((group, item.rule), [_perplexity(item.plain, layout.value), "", "", _mean(plain), ""])
@@ -174,16 +166,16 @@ def _strengths(item: Corrected, grid: set[float]) -> str:
     counts = Counter(float(x) for x in item.chosen[STRENGTH])
     several = len(item.chosen) > 1
     text = ", ".join(f"{x:g} ({n})" if several else f"{x:g}" for x, n in sorted(counts.items()))
-    had = sorted({float(x) for x in item.every[STRENGTH]})
+    had = sorted({float(x) for x in item.compared[STRENGTH]})
     return text if set(had) == grid else f"{text} of {', '.join(f'{x:g}' for x in had)}"
 
 
-def against(layout: DictConfig, found: Sequence[Corrected]) -> pd.DataFrame:
+def against(layout: Corrections, corrected: Sequence[Corrected]) -> pd.DataFrame:
     """The correction over each other one of the same rule, seed by seed: below zero it is the better one."""
-    first, *others = (str(row.label) for row in layout.corrections)
+    first, *others = (row.label for row in layout.corrections)
     rows = {}
-    for item in (x for x in found if x.label == first):
-        same = {x.label: x for x in found if (_group(x), x.rule) == (_group(item), item.rule)}
+    for item in (x for x in corrected if x.label == first):
+        same = {x.label: x for x in corrected if (_group(x), x.rule) == (_group(item), item.rule)}
         texts = [change(item.changes(layout.value, same[label].chosen)) if label in same else "" for label in others]
         if any(texts):
             rows[_group(item), item.rule] = texts
@@ -191,10 +183,10 @@ def against(layout: DictConfig, found: Sequence[Corrected]) -> pd.DataFrame:
     return pd.DataFrame(list(rows.values()), index=index, columns=pd.MultiIndex.from_product([others, [""]]))
 
 
-def averages(layout: DictConfig, found: Sequence[Corrected], accuracy: Accuracy) -> pd.DataFrame:
+def averages(layout: Corrections, corrected: Sequence[Corrected], accuracy: Accuracy) -> pd.DataFrame:
     """The change averaged over the paper's rules, where all of them have run, with the paper's average beside."""
-    paper = paper_numbers(layout)
-    first = [item for item in found if item.label == layout.corrections[0].label]
+    paper = paper_numbers(layout.paper)
+    first = [item for item in corrected if item.label == layout.corrections[0].label]
     rows: dict[tuple[str, str], list[str]] = {}
     for pruner, sparsity in dict.fromkeys((item.pruner, item.sparsity) for item in first):
         here = [x for x in first if (x.pruner, x.sparsity) == (pruner, sparsity) and x.allocator in layout.averaged]

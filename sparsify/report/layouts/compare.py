@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import pandas as pd
-from omegaconf import DictConfig
 
+from sparsify.report.layouts.base import Layout, Page
+from sparsify.report.numbers import format_number, paper_numbers
 from sparsify.report.select import pick, where
-from sparsify.report.table import format_number, paper_numbers
 
 
-def compared(layout: DictConfig, cells: pd.DataFrame) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Step:
+    """A tolerance.
+
+    Attributes:
+        within: largest relative deviation.
+        below: perplexities it is for; None for all that are left.
+    """
+
+    within: float
+    below: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Layout):
+    """Another implementation's numbers beside ours.
+
+    Attributes:
+        paper: CSV of the other's numbers.
+        tolerance: steps, from the lowest perplexity up.
+    """
+
+    paper: str
+    tolerance: list[Step]
+
+    def write(self, page: Page) -> list[Path]:
+        """A table."""
+        return page.write(compared(self, page.cells))
+
+
+def compared(layout: Comparison, cells: pd.DataFrame) -> pd.DataFrame:
     """One row per reference number: setting, theirs, ours, deviation, whether within tolerance.
 
     Every column of the reference CSV but `value` is a condition that our cell must meet; blanks are no condition.
     """
-    reference = paper_numbers(layout)
+    reference = paper_numbers(layout.paper)
     keys = [column for column in reference.columns if column != "value"]
     rows, index = [], []
     for _, line in reference.iterrows():
@@ -35,7 +68,7 @@ def _setting(conditions: dict[str, object]) -> str:
     return f"{conditions['allocator']} {float(str(conditions['sparsity'])):.0%}{pattern} {' '.join(knobs)}".strip()
 
 
-def _row(theirs: float, ours: float | None, layout: DictConfig) -> list[str]:
+def _row(theirs: float, ours: float | None, layout: Comparison) -> list[str]:
     if ours is None:
         return [format_number(theirs), "–", "", ""]
     deviation = ours / theirs - 1
@@ -48,6 +81,6 @@ def _row(theirs: float, ours: float | None, layout: DictConfig) -> list[str]:
     ]
 
 
-def tolerance(value: float, layout: DictConfig) -> float:
+def tolerance(value: float, layout: Comparison) -> float:
     """Relative tolerance for a perplexity of this size: the first step of the layout that it is below."""
-    return next(float(step.within) for step in layout.tolerance if step.below is None or value < step.below)
+    return next(step.within for step in layout.tolerance if step.below is None or value < step.below)
