@@ -157,7 +157,7 @@ def prune_model(
         progress=progress,
         checkpoint=checkpoint or Checkpoint(),
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         pruned = recipe.method.apply(view, job)
         masks, notes = pruned.masks, {**pruned.plan.notes, **pruned.notes}

@@ -73,8 +73,7 @@ class LSA(Allocator):
         for stats in context.stats_by_block(frozenset({GRAM})):
             errors = [minimal_error(w, gram, self.share, self.group) for w, gram in _by_input(stats, weights)]
             means.append(torch.stack(errors).sum() / len(stats))
-        by_block: list[float] = torch.stack(means).tolist()
-        return by_block
+        return [mean.item() for mean in means]
 
 
 def released_beta(sparsity: float) -> float:

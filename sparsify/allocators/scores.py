@@ -28,8 +28,7 @@ def wanda_by_block(layers: LayerTable, context: Context, reduce: Callable[[list[
         if layer.name == last[layer.block]:
             values.append(reduce(held))
             held = []
-    reduced: list[float] = torch.stack(values).tolist()
-    return reduced
+    return [value.item() for value in values]  # only now: each waits for its device
 
 
 def mean_of(scores: list[Tensor]) -> Tensor:

@@ -236,8 +236,8 @@ class LiveModel(HFLM):  # type: ignore[misc]
         for batch in self._batches:
             request = batch.request.to(self.device)
             logs, hits = score_batch(self.model, batch, plain)
-            totals.index_add_(0, request, logs.double())
-            misses.index_add_(0, request, (~hits).double())
+            totals.index_add_(0, request, logs.double().to(self.device))
+            misses.index_add_(0, request, (~hits).double().to(self.device))
         if not torch.isfinite(totals).all():
             name = next(iter(self._suite.tasks), None)
             raise NumericsError("A log-likelihood is not finite", got=name, fix="dtype=float32 if it is half precision")
@@ -290,12 +290,19 @@ def score_batch(
     tokens, target = batch.tokens.to(device), batch.target.to(device)
     at = batch.row.to(device), batch.position.to(device)
     if plain:
-        states = model.base_model(tokens, use_cache=False).last_hidden_state[at]  # type: ignore[operator]
-        slices = (head_logits(model, part).float() for part in states.split(SLICE))
+        states = model.base_model(tokens, use_cache=False).last_hidden_state  # type: ignore[operator]
+        slices = (head_logits(model, part).float() for part in _pick(states, at).split(SLICE))
     else:
-        slices = (part.float() for part in model(tokens, use_cache=False).logits[at].split(SLICE))
+        slices = (part.float() for part in _pick(model(tokens, use_cache=False).logits, at).split(SLICE))
     logs, hits = [], []
-    for logits, wanted in zip(slices, target.split(SLICE), strict=True):
-        logs.append(logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1))
-        hits.append(logits.argmax(-1) == wanted)
+    for logits, token in zip(slices, target.split(SLICE), strict=True):
+        right = token.to(logits.device)
+        logs.append(logits.gather(-1, right[:, None])[:, 0] - logits.logsumexp(-1))
+        hits.append(logits.argmax(-1) == right)
     return torch.cat(logs), torch.cat(hits)
+
+
+def _pick(values: Float[Tensor, "b seq dim"], at: tuple[Tensor, Tensor]) -> Float[Tensor, "scored dim"]:
+    """Rows of some positions, wherever the values are (a model may be spread over devices)."""
+    row, position = (where.to(values.device) for where in at)
+    return values[row, position]

@@ -18,14 +18,16 @@ class Replay:
 
     def __init__(self, forward: Callable[..., Any], *examples: Tensor) -> None:
         self.inputs = [example.clone() for example in examples]
+        self.device = examples[0].device
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.device(self.device), torch.cuda.graph(self.graph):  # not the current device's stream
             self.output = forward(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
         for static, given in zip(self.inputs, inputs, strict=True):
             static.copy_(given)
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            self.graph.replay()
         return self.output
 
 

@@ -75,7 +75,7 @@ def mean_loss(
     total = torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad():
         for where in batches(inputs, batch_size or batch_size_for(device, inputs.length)):
-            total += loss(model, inputs.batch(where, device))
+            total += loss(model, inputs.batch(where, device)).to(device)
     return float(total) / objective.predictions(inputs)
 
 
@@ -116,7 +116,7 @@ def batch_size_for(device: torch.device, length: int) -> int:
 def _sliced(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     hidden = model.base_model(**batch).last_hidden_state  # type: ignore[operator]
     predicted = hidden[:, :-1].flatten(0, 1)
-    labels = batch["input_ids"][:, 1:].flatten()
+    labels = batch["input_ids"][:, 1:].flatten().to(hidden.device)  # a model may be spread over devices
     losses = [
         F.cross_entropy(head_logits(model, h).float(), y, reduction="sum")
         for h, y in zip(predicted.split(SLICE), labels.split(SLICE), strict=True)
@@ -126,17 +126,20 @@ def _sliced(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
 
 def _whole(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     logits = model(**batch).logits[:, :-1].flatten(0, 1).float()
-    return F.cross_entropy(logits, batch["input_ids"][:, 1:].flatten(), reduction="sum").double()
+    labels = batch["input_ids"][:, 1:].flatten().to(logits.device)
+    return F.cross_entropy(logits, labels, reduction="sum").double()
 
 
 @torch.no_grad()
 def head_is_plain(model: nn.Module, probe: Int[Tensor, "1 few"]) -> bool:
     """Whether `head_logits` gives what the model's own forward gives; some families scale their logits there."""
     hidden = model.base_model(probe, use_cache=False).last_hidden_state  # type: ignore[operator]
-    own = model(probe, use_cache=False).logits.float()
+    own = model(probe, use_cache=False).logits.float().to(hidden.device)
     if not torch.isfinite(own).all():
         return True  # the loss itself will say so
-    return torch.allclose(head_logits(model, hidden).float(), own, rtol=1e-2, atol=1e-2 * float(own.abs().max()))
+    return torch.allclose(
+        head_logits(model, hidden).float().to(own.device), own, rtol=1e-2, atol=1e-2 * float(own.abs().max())
+    )
 
 
 def head_logits(model: nn.Module, hidden: Float[Tensor, "*tok dim"]) -> Float[Tensor, "*tok vocab"]:

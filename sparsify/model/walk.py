@@ -158,7 +158,7 @@ class Walk:
         """The block's output for other hidden states of a batch; the walk stays where it stands."""
         out = self._call(block, batch, hidden)
         assert out is not None  # only taps make a block stop early
-        return out
+        return out.to(hidden.device)
 
     def _call(self, block: int, batch: int, hidden: Tensor) -> Tensor | None:
         """The block's output for a batch; None if the taps had seen enough before it was done."""
@@ -171,6 +171,7 @@ class Walk:
         """Whether the batches differ in nothing but their hidden states, and are many enough to capture one."""
         return (
             self.hidden.is_cuda
+            and all(layer.weight.device == self.hidden.device for layer in self.view.layers_of(block))
             and len(self.batches) >= 8
             and all(
                 calls[block] is self.calls[0][block]

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from families import FAMILIES
 
+import sparsify
 from sparsify.model.blocks import BlockView
 from sparsify.model.statistics import GRAM, NORM
 from sparsify.model.walk import Walk
@@ -47,3 +49,23 @@ def test_the_replayed_column_loop_equals_the_eager_one(target):
         assert torch.equal(one, two)
         assert torch.equal(mask, again)
     assert _captured_walk(one.shape, one.device, target and (target.kept, target.group)) is not None
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("allocator", ["owl", ("equimarginal", {"steps": 3, "settle_every": 2})])
+def test_a_model_over_two_devices_is_pruned_as_on_one(pruner, allocator):
+    tokens, heldout = torch.randint(3, 90, (9, 11)), torch.randint(3, 90, (4, 11))
+    whole = FAMILIES["llama"].build().cuda()
+    spread = FAMILIES["llama"].build()
+    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.rotary_emb": 0}
+    places |= {"model.layers.1": 1, "model.layers.2": 1, "model.norm": 1, "lm_head": 1}
+    spread = dispatch_model(spread, places)
+    results = [
+        sparsify.prune(model, tokens, pruner=pruner, allocator=allocator, sparsity=0.6, heldout=heldout)
+        for model in (whole, spread)
+    ]
+    assert len({layer.weight.device for layer in BlockView(spread).layers}) == 2
+    assert results[0].sparsity == results[1].sparsity
+    assert [row.zeros for row in results[0].layers] == [row.zeros for row in results[1].layers]
+    assert sparsify.perplexity(spread, heldout) == pytest.approx(sparsify.perplexity(whole, heldout), rel=1e-4)
