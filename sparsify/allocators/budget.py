@@ -44,13 +44,13 @@ def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
 def fit_plan(
     layers: LayerTable,
     profile: Mapping[str, float],
-    wanted: float,
+    sparsity: float,
     *,
     adjust: Adjust = shift,
     low: float = 0.0,
     high: float = 0.99,
 ) -> SparsityPlan:
-    """Turn a profile into a plan whose parameter-weighted mean is `wanted`.
+    """Turn a profile into a plan whose parameter-weighted mean is `sparsity`.
 
     Every value v becomes clip(adjust(v, t), low, high) with one t for all layers, solved so that the
     budget is met; without clipping the differences (or ratios) of the profile are kept.
@@ -58,38 +58,38 @@ def fit_plan(
     Args:
         layers: the model's prunable layers.
         profile: layer name -> sparsity the rule asks for.
-        wanted: parameter-weighted zero fraction to reach, in [0, 1).
+        sparsity: parameter-weighted zero fraction to reach, in [0, 1).
         adjust: `shift` or `scale`.
         low: lower bound of a layer's sparsity.
         high: upper bound of a layer's sparsity.
 
     Raises:
-        BudgetError: `wanted` is outside [low, high], or no adjustment reaches it.
+        BudgetError: `sparsity` is outside [low, high], or no adjustment reaches it.
     """
     weights = [layer.numel for layer in layers]
     raw = [profile[layer.name] for layer in layers]
-    if not low <= wanted <= high:
+    if not low <= sparsity <= high:
         raise BudgetError(
             "The sparsity cannot be met within the bounds of a layer",
-            got=wanted,
+            got=sparsity,
             allowed=f"{low:g} <= sparsity <= {high:g}",
         )
-    values = _solve(raw, weights, wanted, adjust, low, high)
+    values = _solve(raw, weights, sparsity, adjust, low, high)
     held = sum(v in (low, high) and r != v for v, r in zip(values, raw, strict=True))
     mean = weighted_mean(values, weights)
-    ledger = Ledger(wanted, weighted_mean(raw, weights), mean, mean, held)
+    ledger = Ledger(sparsity, weighted_mean(raw, weights), mean, mean, held)
     targets = {layer.name: Target(v) for layer, v in zip(layers, values, strict=True)}
     return SparsityPlan(targets, ledger)
 
 
 def _solve(
-    raw: Sequence[float], weights: Sequence[int], wanted: float, adjust: Adjust, low: float, high: float
+    raw: Sequence[float], weights: Sequence[int], sparsity: float, adjust: Adjust, low: float, high: float
 ) -> list[float]:
     def clipped(amount: float) -> list[float]:
         return [min(max(adjust(v, amount), low), high) for v in raw]
 
     def excess(amount: float) -> float:
-        return weighted_mean(clipped(amount), weights) - wanted
+        return weighted_mean(clipped(amount), weights) - sparsity
 
     if abs(excess(0.0)) < 1e-12:
         return clipped(0.0)
@@ -100,7 +100,7 @@ def _solve(
     if below > 1e-9 or above < -1e-9:
         raise BudgetError(
             "No adjustment of this profile meets the budget",
-            got=f"profile from {min(raw):g} to {max(raw):g}, wanted {wanted:g}",
+            got=f"profile from {min(raw):g} to {max(raw):g}, sparsity {sparsity:g}",
             allowed=f"layers within [{low:g}, {high:g}]",
         )
     if below >= 0 or above <= 0:  # the budget is a bound itself
@@ -110,7 +110,7 @@ def _solve(
     return clipped(brentq(excess, -reach, reach, xtol=1e-15, rtol=1e-15))
 
 
-def as_is_plan(layers: LayerTable, profile: Mapping[str, float], wanted: float) -> SparsityPlan:
+def as_is_plan(layers: LayerTable, profile: Mapping[str, float], sparsity: float) -> SparsityPlan:
     """A plan that takes the profile as it stands, clamped to [0, 1] only; the ledger shows the miss."""
     weights = [layer.numel for layer in layers]
     values = [min(max(profile[layer.name], 0.0), 1.0) for layer in layers]
@@ -118,7 +118,7 @@ def as_is_plan(layers: LayerTable, profile: Mapping[str, float], wanted: float) 
     raw = weighted_mean([profile[layer.name] for layer in layers], weights)
     mean = weighted_mean(values, weights)
     targets = {layer.name: Target(v) for layer, v in zip(layers, values, strict=True)}
-    return SparsityPlan(targets, Ledger(wanted, raw, mean, mean, held))
+    return SparsityPlan(targets, Ledger(sparsity, raw, mean, mean, held))
 
 
 def apply_pattern(plan: SparsityPlan, layers: LayerTable, pattern: Pattern) -> SparsityPlan:

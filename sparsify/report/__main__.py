@@ -27,14 +27,14 @@ class Source:
 
     Attributes:
         rows: long rows of the finished cells.
-        wanted: cells the table has in all; None where that is not known.
+        planned: cells the table has in all; None where that is not known.
         tables: folder for tables.
         figures: folder for figures.
         notes: remarks of whoever published the rows.
     """
 
     rows: pd.DataFrame
-    wanted: int | None
+    planned: int | None
     tables: Path
     figures: Path
     notes: tuple[str, ...] = ()
@@ -85,8 +85,8 @@ def _footer(cells: pd.DataFrame, source: Source, layout: Layout) -> list[str]:
     def all_of(column: str) -> str:
         return ", ".join(sorted(set(cells[column].dropna().astype(str))))
 
-    all_cells = len(cells) if source.wanted is None else source.wanted
-    some = "" if source.wanted is None else f"{len(cells)} of "
+    all_cells = len(cells) if source.planned is None else source.planned
+    some = "" if source.planned is None else f"{len(cells)} of "
     commits = ", ".join(sorted({_short(c) for c in cells["commit"].dropna()}))
     return [
         f"Protocol {all_of(f'{layout.value}.protocol')}; {all_of('dtype')}; calibration: {all_of('calibration')}.",

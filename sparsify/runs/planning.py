@@ -44,9 +44,14 @@ class Part:
 
 
 def parts_of(table: str | None, overrides: Sequence[str]) -> list[Part]:
-    """The sweeps of a table, or the one sweep that the overrides describe."""
+    """The sweeps of a table, or the one that the overrides describe; a cell that two of them have is the first's."""
     sweeps: list[list[str]] = registry.read(registry.find("table", table))["parts"] if table else [[]]
-    return [Part([*sweep, *overrides], cells_of([*sweep, *overrides])) for sweep in sweeps]
+    parts, seen = [], set[tuple[str, ...]]()
+    for sweep in sweeps:
+        cells = {(cell.key, *cell.evaluation_keys.values()): cell for cell in cells_of([*sweep, *overrides])}
+        parts.append(Part([*sweep, *overrides], [cell for key, cell in cells.items() if key not in seen]))
+        seen |= set(cells)
+    return parts
 
 
 def cells_of(overrides: Sequence[str]) -> list[PlannedCell]:

@@ -40,12 +40,12 @@ class Space:
         return len(self.low)
 
 
-def progressions(layers: LayerTable, wanted: float, limit: float, grid: Sequence[float]) -> Space:
+def progressions(layers: LayerTable, sparsity: float, limit: float, grid: Sequence[float]) -> Space:
     """ATP's one-parameter family: the common difference beta between neighbouring blocks, in [0, limit]."""
     depth = np.arange(layers.num_blocks) - (layers.num_blocks - 1) / 2
 
     def profile(point: Float[ndarray, " dim"]) -> Profile:
-        return layers.spread((wanted + float(point[0]) * depth).tolist())
+        return layers.spread((sparsity + float(point[0]) * depth).tolist())
 
     one = np.ones((1, 1))
     return Space(0 * one, np.zeros(1), np.full(1, limit), one * limit / 4, profile, np.asarray(grid)[:, None])
@@ -86,13 +86,13 @@ def _moves(layers: LayerTable, owner: Int[ndarray, " layers"], dim: int) -> Floa
     return 0.03 * np.concatenate([np.eye(dim), np.stack(moved)])
 
 
-def blends(profiles: Sequence[Mapping[str, float]], wanted: float, reach: float = 1.5) -> Space:
+def blends(profiles: Sequence[Mapping[str, float]], sparsity: float, reach: float = 1.5) -> Space:
     """Weights of a sum of centred profiles: S + sum_k w_k (p_k - S), each weight in [-reach, reach]."""
     names = list(profiles[0])
-    centred = np.array([[profile[name] - wanted for name in names] for profile in profiles])
+    centred = np.array([[profile[name] - sparsity for name in names] for profile in profiles])
 
     def profile(weights: Float[ndarray, " dim"]) -> Profile:
-        return dict(zip(names, (wanted + weights @ centred).tolist(), strict=True))
+        return dict(zip(names, (sparsity + weights @ centred).tolist(), strict=True))
 
     dim = len(profiles)
     starts = np.concatenate([np.eye(dim), np.full((1, dim), 1 / dim), np.zeros((1, dim))])

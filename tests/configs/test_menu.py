@@ -73,3 +73,11 @@ def test_a_plan_imports_no_torch(table, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{table}: " in done.stdout
+
+
+def test_a_cell_of_two_parts_is_planned_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSIFY_RESULTS", str(tmp_path))
+    parts = planning.parts_of("table1", ["grid.stable_sparsity=0.7"])
+    keys = [cell.key for part in parts for cell in part.cells]
+    assert len(keys) == len(set(keys))
+    assert [len(part.cells) for part in parts] == [1, 3, 10, 0, 0]
