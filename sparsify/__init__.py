@@ -61,6 +61,7 @@ def windows(
     n: int | None = 8,
     seqlen: int = 512,
     sampler: str = "document",
+    text_column: str = "text",
     seed: int = 0,
 ) -> Tensor:
     """Token ids to calibrate or evaluate on, [n, seqlen].
@@ -72,6 +73,7 @@ def windows(
         n: windows; None for all (`joined` sampler only).
         seqlen: tokens per window.
         sampler: `document` (a random window of a random long document) or `joined`.
+        text_column: of a text file of your own with rows (JSON, Parquet): the column that holds the text.
         seed: of the document sampler.
 
     Raises:
@@ -84,7 +86,8 @@ def windows(
     from sparsify.data.windows import Windows
     from sparsify.runs import registry
 
-    text = Corpus(Path(corpus).stem, path=corpus) if Path(corpus).is_file() else registry.build("data", corpus)
+    own = Path(corpus).expanduser()
+    text = Corpus(own.stem, path=str(own), columns=(text_column,)) if own.is_file() else registry.build("data", corpus)
     chosen: Any = sampler
     tokens: Tensor = Windows(text, split, seqlen, n, chosen).inputs(tokenizer, seed).tokens
     return tokens
@@ -127,11 +130,13 @@ def prune(
 
     Returns:
         Achieved sparsity, the plan with its budget ledger, one row per layer (block, name, target, achieved, zeros,
-        numel, error, seconds) and the masks. Dtype, device and mode of the model stay as they were.
+        numel, error, seconds), the masks, and what of the blocks was not pruned. Dtype, device and mode of the model
+        stay as they were; a call that raises leaves the model as it was (a copy on the host is kept until then).
 
     Raises:
         UsageError: a value out of range, an unknown name, a pattern that does not fit.
-        UnsupportedModelError: no decoder blocks found, or experts stored as 3-D parameters.
+        UnsupportedModelError: no decoder blocks found, or weights that cannot be pruned as what they are: quantised,
+            adapted, offloaded, computed, shared between blocks.
         NumericsError: NaN weights, or a factorisation that fails at any damping; the message names the layer.
     """
     from sparsify.data.inputs import as_inputs
@@ -149,17 +154,18 @@ def prune(
         objective=registry.build("objective", objective),
         stages={group: registry.build(group, spec) for group, spec in chosen.items() if spec is not None},
     )
+    calibration, scored = as_inputs(tokens), None if heldout is None else as_inputs(heldout, 2)
+    view = BlockView(model, part)
     modes = {module: module.training for module in model.modules()}
+    dense = view.snapshot()
     model.eval()
     try:
         return prune_model(
-            BlockView(model, part),
-            as_inputs(tokens),
-            recipe,
-            heldout=None if heldout is None else as_inputs(heldout, 2),
-            batch_size=batch_size,
-            seed=seed,
+            view, calibration, recipe, heldout=scored, batch_size=batch_size, snapshot=lambda: dense, seed=seed
         )
+    except BaseException:
+        view.restore(dense)
+        raise
     finally:
         for module, mode in modes.items():
             module.training = mode

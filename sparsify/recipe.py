@@ -14,12 +14,14 @@ from sparsify.methods.base import Job, Method, Stage
 from sparsify.methods.blockwise import LayerResult
 from sparsify.methods.checkpoint import Checkpoint
 from sparsify.model.blocks import BlockView
+from sparsify.model.calls import run_blocks
 from sparsify.model.dense import DenseModel
+from sparsify.model.limits import check_causal, check_readable
 from sparsify.model.masks import Masks
 from sparsify.model.objective import NextToken, Objective
 from sparsify.progress import Progress, silent
 from sparsify.pruners.base import Pruner
-from sparsify.types import Pattern, SparsityPlan, check_sparsity
+from sparsify.types import Pattern, Skipped, SparsityPlan, check_sparsity
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class PruneResult:
         layers: one result per layer, in the order of the forward pass.
         masks: which weights are kept, by layer name.
         notes: what the allocator, the method and the stages noted.
+        skipped: matrices of the blocks that are not pruned, and why.
     """
 
     sparsity: float
@@ -39,6 +42,7 @@ class PruneResult:
     layers: list[LayerResult]
     masks: Masks
     notes: Mapping[str, Any] = field(default_factory=dict)
+    skipped: tuple[Skipped, ...] = ()
 
     def to_rows(self) -> list[dict[str, Any]]:
         return [layer.to_row() for layer in self.layers]
@@ -141,6 +145,10 @@ def prune_model(
         checkpoint: of the cell's folder.
     """
     view.check_finite()
+    for given in (calibration, heldout):
+        if given is not None:
+            check_readable(view.model, given)
+            check_causal(view.model, given)
     job = Job(
         view=view,
         pruner=recipe.pruner,
@@ -163,6 +171,19 @@ def prune_model(
         masks, notes = pruned.masks, {**pruned.plan.notes, **pruned.notes}
         for name, stage in recipe.stages.items():
             staged = stage.apply(view, masks, job)
+            staged.masks.check_within(masks)
             masks, notes = staged.masks, notes | {f"{name}.{key}": value for key, value in staged.notes.items()}
             masks.check(view)
-    return PruneResult(view.sparsity(), pruned.plan, pruned.layers, masks, notes)
+    check_zeros_stay(view, masks, calibration)
+    return PruneResult(view.sparsity(), pruned.plan, pruned.layers, masks, notes, tuple(view.skipped))
+
+
+@torch.no_grad()
+def check_zeros_stay(view: BlockView, masks: Masks, inputs: Inputs) -> None:
+    """Run the model on a few tokens and look whether the zeros are still there.
+
+    Raises:
+        NumericsError: something writes weights anew when the model runs; the message names the layer.
+    """
+    run_blocks(view, inputs.probe(view.device))
+    masks.check(view, fix="remove what writes its weights at every forward: hooks, parametrisations, offloading")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -123,6 +124,25 @@ class LayerTable:
         """Give each layer the value of its block."""
         position = {block: i for i, block in enumerate(sorted({layer.block for layer in self.layers}))}
         return {layer.name: by_block[position[layer.block]] for layer in self.layers}
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A matrix of a block that is not pruned.
+
+    Attributes:
+        name: of the parameter.
+        shape: as it is stored.
+        reason: `router`, `convolution`, `embedding`, or what it belongs to.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

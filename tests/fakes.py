@@ -90,3 +90,17 @@ class FakeProxy:
 
     def marginal_costs(self, inputs, band):
         return {name: 2 * (self.plan[name] - value) for name, value in self.best.items()}
+
+
+def state_of(model):
+    """What a model is besides its numbers: modules, hooks, replaced forwards, flags, gradients. Equal or changed."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    modules = {
+        name: (id(m), type(m), m.training, m.__dict__.get("forward"), [len(getattr(m, kind)) for kind in hooks])
+        for name, m in model.named_modules()
+    }
+    tensors = {
+        name: (id(x), x.requires_grad, x.grad is None)
+        for name, x in [*model.named_parameters(), *model.named_buffers()]
+    }
+    return modules, tensors

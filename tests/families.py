@@ -90,4 +90,10 @@ FAMILIES = {
         options=COMMON | {"num_hidden_layers": 3, "multi_query": True},
     ),
 }
-MIXTRAL = Family("mixtral", [], options=LLAMA | {"num_local_experts": 4})
+MOE = LLAMA | {"num_experts": 4, "num_experts_per_tok": 2}
+MIXTURES = {
+    "mixtral": Family("mixtral", [], options=LLAMA | {"num_local_experts": 4}),
+    "qwen3_moe": Family("qwen3_moe", [], options=MOE | {"moe_intermediate_size": 16, "decoder_sparse_step": 1}),
+    "olmoe": Family("olmoe", [], options=MOE),
+}
+"""Families whose experts are parameters of shape [experts, out, in]."""

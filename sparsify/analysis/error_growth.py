@@ -1,6 +1,5 @@
 """How the error of pruning grows over depth (ATP, Fig. 1), with what a reader needs to judge it."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -93,10 +92,10 @@ def error_growth(
         NumericsError: a hidden state is not finite; the message names the block.
     """
     true = Walk(view, inputs, batch_size)
-    pruned = _second(true)
+    pruned = true.fork()
     rows = []
     for block in range(len(view.blocks)):
-        before, mixed = (true.hidden.clone(), pruned.hidden.clone()), _second(pruned)
+        before, mixed = (true.hidden.clone(), pruned.hidden.clone()), pruned.fork()
         with view.replaced(block, dense):
             true.advance(block)
             mixed.advance(block)
@@ -105,13 +104,6 @@ def error_growth(
         _check(rows[-1], block)
         progress("block", block + 1, len(view.blocks))
     return Growth(**{name: torch.stack([row[name] for row in rows]) for name in METRICS})
-
-
-def _second(walk: Walk) -> Walk:
-    """Another walk that stands at the same place, with hidden states of its own."""
-    other = copy.copy(walk)
-    other.hidden = walk.hidden.clone()
-    return other
 
 
 def _compare(true: Walk, pruned: Walk, mixed: Walk, before: tuple[Tensor, Tensor]) -> dict[str, Float[Tensor, " n"]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from sparsify.cells import card, kept
 from sparsify.errors import SparsifyError
 from sparsify.model.blocks import BlockView
-from sparsify.model.sources import quiet
+from sparsify.model.pretrained import quiet
 from sparsify.runs import registry
 from sparsify.runs.record import Record
 from sparsify.runs.records import Store

@@ -38,6 +38,7 @@ def of_pruning(cell: Cell, bench: Bench, calibration: Inputs, result: PruneResul
         trials=[dict(trial) for trial in result.plan.trials],
         notes=dict(result.notes),
         plan=result.plan.to_rows(),
+        skipped=[asdict(matrix) | {"shape": list(matrix.shape)} for matrix in result.skipped],
         layers=result.to_rows(),
         calibration=calibration.provenance,
         seconds=seconds,

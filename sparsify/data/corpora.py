@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from sparsify import paths
+from sparsify.data.documents import read as documents_of
 from sparsify.errors import DataError
 
 
@@ -48,7 +46,7 @@ class Corpus:
         Raises:
             DataError: the split is nowhere, or holds no text.
         """
-        documents = [text for file in self._files(split) for text in _read(file, list(self.columns))]
+        documents = [text for file in self._files(split) for text in documents_of(file, list(self.columns))]
         if not any(text.strip() for text in documents):
             raise DataError(f"The {split} split of {self.name} is empty", got=f"{len(documents)} documents")
         return documents
@@ -70,15 +68,25 @@ class Corpus:
 
     def _local(self, split: str) -> tuple[str, list[Path]] | None:
         if self.path is not None:
-            files = _glob(Path(), [self.path])
-            if not files:
-                raise DataError("The text file does not exist", got=self.path, fix="give an existing file or glob")
-            return "file", files
+            return "file", self._of_path(Path(self.path).expanduser())
         for place, folder in (("SPARSIFY_DATA", paths.data()), ("assets", paths.assets())):
             files = _glob(folder, self.splits.get(split, [])) if folder else []
             if files:
                 return place, files
         return None
+
+    def _of_path(self, path: Path) -> list[Path]:
+        """The file, if there is one of that very name; else the files of the glob."""
+        if path.is_dir():
+            raise DataError(
+                "A text is a file or a glob of files, and this is a folder",
+                got=path,
+                fix=f"{path}/*.txt, say, in quotes",
+            )
+        files = [path] if path.is_file() else [file for file in _glob(Path(), [str(path)]) if file.is_file()]
+        if not files:
+            raise DataError("The text file does not exist", got=self.path, fix="give an existing file or glob")
+        return files
 
     def _download(self, split: str) -> list[Path]:
         if self.hub is None or split not in self.hub.splits:
@@ -125,31 +133,3 @@ def _hash_files(files: tuple[Path, ...]) -> str:
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _read(file: Path, columns: list[str]) -> Iterator[str]:
-    """Documents of one file, by its ending."""
-    name = file.name.removesuffix(".gz")
-    if name.endswith((".jsonl", ".json")):
-        opener: Any = gzip.open if file.suffix == ".gz" else open
-        with opener(file, "rt", encoding="utf8") as lines:
-            yield from (_document(json.loads(line), columns) for line in lines)
-    elif name.endswith(".parquet"):
-        import pyarrow.parquet as pq
-
-        yield from (_document(row, columns) for row in pq.read_table(file, columns=columns).to_pylist())
-    elif name.endswith(".raw"):
-        yield from _wikitext_rows(file)
-    else:
-        yield file.read_text(encoding="utf8")
-
-
-def _document(row: Mapping[str, Any], columns: list[str]) -> str:
-    return "\n".join(row[column] for column in columns if row[column] or len(columns) == 1)
-
-
-def _wikitext_rows(file: Path) -> Iterator[str]:
-    """The rows of the hub data set from the release's raw file: a lone space is an empty row."""
-    with open(file, encoding="utf8", newline="") as handle:
-        lines = handle.read().removesuffix("\n").split("\n")
-    return ("" if line == " " else line + "\n" for line in lines)

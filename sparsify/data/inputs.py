@@ -47,6 +47,9 @@ class Inputs(Protocol):
     def probe(self, device: torch.device) -> Batch:
         """As little as a forward can be tried with."""
 
+    def few(self) -> "Inputs":
+        """Two samples, or one, cut short where that can be done."""
+
 
 @dataclass(frozen=True, eq=False)
 class TokenInputs:
@@ -77,6 +80,9 @@ class TokenInputs:
     def probe(self, device: torch.device) -> Batch:
         return {"input_ids": self.tokens[:1, :2].to(device), "use_cache": False}
 
+    def few(self) -> "TokenInputs":
+        return TokenInputs(self.tokens[:2, :16], self.split, self.provenance)
+
 
 def as_inputs(given: Any, least: int = 1) -> Inputs:
     """Inputs as they are, or a tensor of token ids as inputs.
@@ -101,14 +107,15 @@ def as_inputs(given: Any, least: int = 1) -> Inputs:
 
 
 def _token_ids(tokens: Any) -> Tensor:
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+    whole = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+    if not isinstance(tokens, Tensor) or tokens.dtype not in whole:
         kind = str(tokens.dtype) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise UsageError("tokens are ids in a LongTensor", got=kind, allowed="shape [n, seqlen], dtype torch.long")
     if tokens.ndim != 2:
         raise DataError(
             "Token ids have two axes", got=f"a tensor of shape {tuple(tokens.shape)}", allowed="shape [n, seqlen]"
         )
-    return tokens
+    return tokens.long()
 
 
 def batches(inputs: Inputs, size: int) -> list[slice]:

@@ -124,8 +124,10 @@ class Windows:
         rng = random.Random(seed)
         assert self.windows is not None  # __post_init__ refuses None for this sampler
         windows: list[Tensor] = []
+        known: dict[int, Tensor] = {}  # a document may be drawn again and again; one file is one document
         for _ in range(200 * self.windows):
-            ids = encode(tokenizer, documents[rng.randint(0, len(documents) - 1)])
+            drawn = rng.randint(0, len(documents) - 1)
+            ids = known[drawn] if drawn in known else known.setdefault(drawn, encode(tokenizer, documents[drawn]))
             if len(ids) > self.seqlen:
                 start = rng.randint(0, len(ids) - self.seqlen - 1)
                 windows.append(ids[start : start + self.seqlen])

@@ -12,14 +12,16 @@ from torch import Tensor
 
 from sparsify.data.inputs import Inputs
 from sparsify.errors import NumericsError, SparsifyError, UsageError
-from sparsify.model.blocks import BlockView, Layer
+from sparsify.model.blocks import BlockView
 from sparsify.model.gradients import gradient_statistics
 from sparsify.model.masks import Masks
 from sparsify.model.objective import NextToken, Objective
+from sparsify.model.prunable import Layer
 from sparsify.model.statistics import GRAM, NORM, LayerStats, Needs, full_precision, reading
 from sparsify.model.walk import Walk
 from sparsify.progress import Progress, silent
 from sparsify.pruners.base import Pruner
+from sparsify.pruners.magnitude import Magnitude
 from sparsify.types import SparsityPlan, Target
 
 Regime = Literal["propagated", "sequential", "dense"]
@@ -140,7 +142,11 @@ def _joined(stats: LayerStats, gradients: LayerStats | None) -> LayerStats:
     """Statistics of a layer's input, shared with its neighbours, and those of its own gradient."""
     if gradients is None:
         return stats
-    return LayerStats(stats.samples, {**stats.values, **gradients.values}, stats.memo)
+    return LayerStats(stats.samples, {**stats.values, **gradients.values}, stats.memo, stats.seen)
+
+
+SLAB = 128
+"""Inputs within which counts are rounded at most (`pruners.masks`)."""
 
 
 def prune_layer(
@@ -156,16 +162,24 @@ def prune_layer(
     error, notes, seconds = 0.0, {}, 0.0
     if target.sparsity > 0:
         with _named(spec.name):
-            pruned = pruner.prune(before, stats, target)
+            pruned = (pruner if stats.seen else Magnitude()).prune(before, stats, target)
         if not torch.isfinite(pruned.weight).all():
             raise NumericsError(f"Pruning {spec.name} gave non-finite weights", fix="dtype=float32")
         dense = before.clone()
         layer.write(pruned.weight.to(before.dtype))
         seconds = time.perf_counter() - start
         error, notes = output_error(dense, layer.weight, stats), pruned.notes
+        if not stats.seen:
+            notes = {**notes, "unseen": "no calibration token was routed here: pruned by magnitude"}
         if masks is not None:
             masks[spec.name] = pruned.keep
     zeros = int((layer.weight == 0).sum())
+    if zeros < (target.sparsity - 1 / min(spec.in_features, SLAB)) * spec.numel:
+        raise NumericsError(
+            f"{type(pruner).__name__} pruned {spec.name} less than it was asked to",
+            got=f"{zeros / spec.numel:.4f} of its weights",
+            allowed=f"{target.sparsity:.4f}, up to a weight a row",
+        )
     return LayerResult(
         spec.block, spec.name, target.sparsity, zeros / spec.numel, zeros, spec.numel, error, seconds, notes
     )

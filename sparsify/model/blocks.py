@@ -2,65 +2,47 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from sparsify.errors import NumericsError, UnsupportedModelError, UsageError
 from sparsify.model.dense import DenseModel
-from sparsify.types import LayerSpec, LayerTable
-
-ROUTERS = ("gate", "router")
-"""Module names of mixture-of-experts routers: tiny, decisive, never pruned."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A prunable matrix in place: its description and the module that holds it."""
-
-    spec: LayerSpec
-    module: nn.Linear | Conv1D
-
-    @property
-    def weight(self) -> Float[Tensor, "out inp"]:
-        """The weight as [out, inp], a view: GPT-2's Conv1D stores it transposed."""
-        return self.oriented(self.module.weight.data)
-
-    def oriented(self, tensor: Tensor) -> Float[Tensor, "out inp"]:
-        """A tensor that lies as the module's parameter does (its gradient, say), as [out, inp]."""
-        return tensor.T if isinstance(self.module, Conv1D) else tensor
-
-    def write(self, weight: Float[Tensor, "out inp"]) -> None:
-        """Overwrite the weight in place; dtype, device and storage stay."""
-        self.weight.copy_(weight)
+from sparsify.model.prunable import Layer, num_experts, prunable
+from sparsify.types import LayerTable
 
 
 class BlockView:
     """The blocks of a model and the prunable layers in each.
 
     Blocks are the items of a `ModuleList` whose class transformers names in `_no_split_modules`; of several such lists
-    (towers) the decoder's, or the one that `part` names. Prunable layers are the `Linear` and `Conv1D` modules inside.
-    Embeddings, head and routers are never pruned.
+    (towers) the decoder's, or the one that `part` names. Prunable layers are the `Linear` and `Conv1D` modules inside,
+    and experts stored as [experts, out, in]. Embeddings, head and routers are never pruned; `skipped` names what
+    else of the blocks is not.
 
     Args:
         model: any transformers model.
         part: `language`, `vision`, or the name of a module that holds the blocks; None for the decoder.
 
     Raises:
-        UnsupportedModelError: no such list, or experts stored as 3-D parameters.
+        UnsupportedModelError: no such list, an encoder, or weights that cannot be pruned as what they are (`prunable`).
         UsageError: no list of blocks in that part; the message names the parts there are.
     """
 
     def __init__(self, model: nn.Module, part: str | None = None) -> None:
         self.model = model
+        _refuse_encoder_decoder(model)
         prefix, blocks = _find_blocks(model, part)
         self.blocks = list(blocks)
-        self.layers = [layer for i, block in enumerate(self.blocks) for layer in _layers_of(block, i, f"{prefix}.{i}")]
+        experts = num_experts(getattr(model, "config", None))
+        found = [prunable(block, i, f"{prefix}.{i}", experts) for i, block in enumerate(self.blocks)]
+        self.layers = [layer for layers, _ in found for layer in layers]
+        self.skipped = [matrix for _, skipped in found for matrix in skipped]
         if not self.layers:
             raise UnsupportedModelError("The model's blocks hold no Linear or Conv1D layer", got=type(model).__name__)
+        _refuse_shared(self.layers)
+        self.has_experts = any(layer.expert is not None for layer in self.layers)
+        self.verified = False  # whether a walk has been held against the model's own forward
         self.table = LayerTable(tuple(layer.spec for layer in self.layers))
 
     @property
@@ -74,7 +56,7 @@ class BlockView:
 
     def snapshot(self) -> DenseModel:
         """Everything about the model as it is now, in a copy on the host, for `restore`."""
-        return DenseModel(self.model, {layer.spec.name: layer.oriented for layer in self.layers})
+        return DenseModel(self.model, {x.spec.name: (x.stored_name, x.oriented) for x in self.layers})
 
     def restore(self, dense: DenseModel) -> None:
         """Make the model what it was at the snapshot, whatever has been changed in it."""
@@ -115,8 +97,33 @@ class BlockView:
                 )
 
 
+def _refuse_encoder_decoder(model: nn.Module) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            "An encoder-decoder is not pruned: its decoder's blocks read a second sequence",
+            got=type(model).__name__,
+            allowed="decoder language models",
+        )
+
+
+def _refuse_shared(layers: list[Layer]) -> None:
+    """Blocks that share their matrices would be pruned twice, by two plans."""
+    owners: dict[tuple[int, int | None], str] = {}
+    for layer in layers:
+        first = owners.setdefault((id(layer.stored), layer.expert), layer.spec.name)
+        if first != layer.spec.name:
+            raise UnsupportedModelError(
+                "Two blocks share a matrix, which cannot have two sparsities", got=f"{first} is {layer.spec.name}"
+            )
+
+
 LANGUAGE, VISION = ("language", "text", "decoder"), ("vision", "visual", "image")
 """What the names of towers contain."""
+
+
+def of_vision(name: str) -> bool:
+    """Whether a module's name says that it is of a vision tower."""
+    return any(word in name for word in VISION)
 
 
 def _find_blocks(model: nn.Module, part: str | None) -> tuple[str, nn.ModuleList]:
@@ -144,7 +151,7 @@ def _of_part(lists: Mapping[str, nn.ModuleList], part: str) -> dict[str, nn.Modu
         if (any(word in name for word in words) if words else name == part or name.startswith(f"{part}."))
     }
     if part == "language" and not chosen:  # a model that is nothing else
-        chosen = {name: blocks for name, blocks in lists.items() if not any(word in name for word in VISION)}
+        chosen = {name: blocks for name, blocks in lists.items() if not of_vision(name)}
     if not chosen:
         raise UsageError(
             "The model has no blocks in that part", got=f"part={part}", allowed=", ".join(lists), fix="leave part out"
@@ -158,25 +165,3 @@ def _of_decoder(model: nn.Module, lists: Mapping[str, nn.ModuleList]) -> dict[st
         return dict(lists)
     inside = {id(module) for module in model.get_decoder().modules()}  # type: ignore[operator]
     return {name: blocks for name, blocks in lists.items() if id(blocks) in inside} or dict(lists)
-
-
-def _layers_of(block: nn.Module, index: int, prefix: str) -> list[Layer]:
-    layers = []
-    for kind, module in block.named_modules():
-        _refuse_stacked_experts(module, f"{prefix}.{kind}")
-        if not isinstance(module, nn.Linear | Conv1D) or kind.rsplit(".", 1)[-1] in ROUTERS:
-            continue
-        shape = tuple(module.weight.shape)
-        out, inp = shape[::-1] if isinstance(module, Conv1D) else shape
-        layers.append(Layer(LayerSpec(f"{prefix}.{kind}", index, kind, out, inp), module))
-    return layers
-
-
-def _refuse_stacked_experts(module: nn.Module, name: str) -> None:
-    for key, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim == 3:
-            raise UnsupportedModelError(
-                "Experts stored as one 3-D parameter are not pruned yet",
-                got=f"{name}.{key} of shape {tuple(parameter.shape)}",
-                allowed="dense decoder models, whose matrices are Linear or Conv1D modules",
-            )

@@ -4,6 +4,7 @@ The recorded arguments (masks, rotary embeddings, per layer type) are what a wal
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -35,13 +36,14 @@ def enter(view: BlockView, inputs: Inputs, batches: list[slice]) -> tuple[Float[
     calls: Calls = []
     for where in batches:
         with _recording(view, tuples) as (first, seen):
-            _run(view, inputs.batch(where, view.device))
+            run_blocks(view, inputs.batch(where, view.device))
         states.append(first[0])
         calls.append(_same_or(calls[0], seen) if calls else seen)
     return torch.cat(states), calls
 
 
-def _run(view: BlockView, batch: Batch) -> None:
+def run_blocks(view: BlockView, batch: Batch) -> None:
+    """The model's own forward, as far as its blocks and what leads to them."""
     view.model.base_model(**batch)  # type: ignore[operator]
 
 
@@ -50,6 +52,12 @@ def _recording(view: BlockView, tuples: list[bool]) -> Iterator[tuple[list[Tenso
     """Replace every block's forward by a recorder that passes the hidden states through."""
     first: list[Tensor] = []
     seen: list[dict[str, Any]] = [{} for _ in view.blocks]
+    states: dict[int, State] = {}
+
+    def state_of(value: Any) -> Any:
+        """A dictionary that is empty before any block has run is one that they write into."""
+        empty = isinstance(value, dict) and not value
+        return states.setdefault(id(value), State()) if empty else value
 
     def recorder(i: int, names: list[str]) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -57,7 +65,7 @@ def _recording(view: BlockView, tuples: list[bool]) -> Iterator[tuple[list[Tenso
             hidden = given.pop(names[0])
             if i == 0:
                 first.append(hidden)
-            seen[i] = {k: v for k, v in given.items() if k not in CACHES}
+            seen[i] = {k: state_of(v) for k, v in given.items() if k not in CACHES}
             return (hidden, None) if tuples[i] else hidden
 
         return forward
@@ -78,13 +86,18 @@ def _recording(view: BlockView, tuples: list[bool]) -> Iterator[tuple[list[Tenso
 def _returns_tuple(view: BlockView, inputs: Inputs) -> list[bool]:
     """Run a few positions through the real model to see which blocks return tuples."""
     kinds: dict[int, bool] = {}
+    often = Counter[int]()
 
     def note(i: int) -> Any:
-        return lambda _module, _args, out: kinds.__setitem__(i, isinstance(out, tuple))
+        def hook(_module: Any, _args: Any, out: Any) -> None:
+            kinds[i] = isinstance(out, tuple)
+            often[i] += 1
+
+        return hook
 
     handles = [block.register_forward_hook(note(i)) for i, block in enumerate(view.blocks)]
     try:
-        _run(view, inputs.probe(view.device))
+        run_blocks(view, inputs.probe(view.device))
     finally:
         for handle in handles:
             handle.remove()
@@ -94,13 +107,55 @@ def _returns_tuple(view: BlockView, inputs: Inputs) -> list[bool]:
             got=f"block {missed[0]} of {len(view.blocks)} was not called",
             fix="part=language for text, or inputs of the part that is pruned",
         )
+    if twice := [i for i, count in often.items() if count > 1]:
+        raise UnsupportedModelError(
+            "The model runs a block more than once, and a walk goes through each once",
+            got=f"block {twice[0]}, {often[twice[0]]} times",
+        )
     return [kinds[i] for i in range(len(view.blocks))]
 
 
 def _same_or(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`old` where the arguments are equal (the usual case), so that masks are stored once, not once a batch."""
+    """`old` where the arguments are equal (the usual case), so that masks are stored once, not once a batch.
+
+    What blocks write into is of one batch alone.
+    """
     known: dict[tuple[int, int], bool] = {}
-    return [a if _equal(a, b, known) else b for a, b in zip(old, new, strict=True)]
+    return [
+        _own(a, b, known) if holds_state(b) else a if _equal(a, b, known) else b for a, b in zip(old, new, strict=True)
+    ]
+
+
+def _own(old: dict[str, Any], new: dict[str, Any], known: dict[tuple[int, int], bool]) -> dict[str, Any]:
+    """The new arguments, with those of the old that are equal and are not written into."""
+    same = {k: k in old and not _is_state(v) and _equal(old[k], v, known) for k, v in new.items()}
+    return {k: old[k] if same[k] else v for k, v in new.items()}
+
+
+def holds_state(call: Mapping[str, Any]) -> bool:
+    """Whether a block is handed an object in which earlier blocks leave something for later ones.
+
+    Such an object comes to the first block empty; `forked` and walks keep one for every batch.
+    """
+    return any(_is_state(value) for value in call.values())
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, State)
+
+
+class State(dict[Any, Any]):
+    """A dictionary that came empty: blocks write into it."""
+
+
+def forked(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The calls of a batch with what blocks write into copied, one copy for all blocks as before."""
+    copies: dict[int, State] = {}
+
+    def own(value: Any) -> Any:
+        return copies.setdefault(id(value), State(value)) if _is_state(value) else value
+
+    return [{key: own(value) for key, value in call.items()} for call in calls]
 
 
 def _equal(a: Any, b: Any, known: dict[tuple[int, int], bool]) -> bool:

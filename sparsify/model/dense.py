@@ -66,24 +66,25 @@ class DenseModel(Mapping[str, Tensor]):
 
     Args:
         model: as it is now.
-        oriented: for every prunable layer, by the name of its module, how its parameter becomes [out, inp].
+        layers: for every prunable layer, by name, the name of its parameter and how that becomes [out, inp].
     """
 
-    def __init__(self, model: nn.Module, oriented: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, tuple[str, Callable[[Tensor], Tensor]]]) -> None:
         self.model = model
-        self._oriented = oriented
+        self._layers = layers
         self._modules = [_Module.of(module) for module in model.modules()]
         named = [*model.named_parameters(), *model.named_buffers()]  # tied ones once
         self._tensors = {name: _Tensor.of(tensor) for name, tensor in named}
 
     def __getitem__(self, layer: str) -> Float[Tensor, "out inp"]:
-        return self._oriented[layer](self._tensors[f"{layer}.weight"].copy)
+        parameter, oriented = self._layers[layer]
+        return oriented(self._tensors[parameter].copy)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._oriented)
+        return iter(self._layers)
 
     def __len__(self) -> int:
-        return len(self._oriented)
+        return len(self._layers)
 
     @torch.no_grad()
     def restore(self) -> None:

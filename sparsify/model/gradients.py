@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsify.data.inputs import Inputs
-from sparsify.model.blocks import BlockView, Layer
+from sparsify.model.blocks import BlockView
 from sparsify.model.objective import Objective
+from sparsify.model.prunable import Layer
 from sparsify.model.statistics import Accumulator, LayerStats, Needs
 
 Fold = Callable[[Layer, Float[Tensor, "out inp"]], None]
@@ -33,12 +34,15 @@ def layer_gradients(view: BlockView, loss: Callable[[], Tensor], fold: Fold) -> 
         fold: called once for each matrix that the loss depends on, last block first.
     """
     with ExitStack() as stack:
+        stored: dict[nn.Parameter, list[Layer]] = {}
         for layer in view.layers:
-            stack.enter_context(_folding(layer, fold))
+            stored.setdefault(layer.stored, []).append(layer)
+        for parameter, layers in stored.items():
+            stack.enter_context(_folding(parameter, layers, fold))
         if view.table.numel > LARGE:
             stack.enter_context(recomputing(view.blocks))
         with torch.enable_grad():
-            loss().backward(inputs=[layer.module.weight for layer in view.layers])  # type: ignore[no-untyped-call]
+            loss().backward(inputs=list(stored))  # type: ignore[no-untyped-call]
 
 
 def gradient_statistics(view: BlockView, inputs: Inputs, needs: Needs, objective: Objective) -> dict[str, LayerStats]:
@@ -67,20 +71,20 @@ def gradient_statistics(view: BlockView, inputs: Inputs, needs: Needs, objective
 
 
 @contextmanager
-def _folding(layer: Layer, fold: Fold) -> Iterator[None]:
-    """A weight that gives its gradient away the moment it is complete."""
-    weight = layer.module.weight
+def _folding(weight: nn.Parameter, layers: list[Layer], fold: Fold) -> Iterator[None]:
+    """A weight that gives its gradient away the moment it is complete; several layers where it holds experts."""
     needed, before = weight.requires_grad, weight.grad
 
     def give(parameter: Tensor) -> None:
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad, None
         with torch.no_grad():
-            fold(layer, layer.oriented(gradient))
+            for layer in layers:
+                fold(layer, layer.oriented(gradient))
 
     weight.requires_grad_(True)
     weight.grad = None
-    handle = weight.register_post_accumulate_grad_hook(give)
+    handle = weight.register_post_accumulate_grad_hook(give)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

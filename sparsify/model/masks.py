@@ -40,8 +40,25 @@ class Masks(Mapping[str, Tensor]):
         """Eight weights a byte, row by row, the first in the lowest bit; by layer name."""
         return {name: packed for name, (packed, _) in self._packed.items()}
 
-    def check(self, view: BlockView) -> None:
-        """The zeros that were made still stand.
+    def check_within(self, before: "Masks") -> None:
+        """These masks keep nothing that an earlier stage had pruned.
+
+        Raises:
+            NumericsError: a layer is gone, or a weight is kept again; the message names the layer.
+        """
+        for name in before:
+            if name not in self or bool((self[name] & ~before[name]).any()):
+                raise NumericsError(
+                    f"A stage handed on masks of {name} that keep more than those it was given",
+                    fix="hand on the masks as they are, or with fewer weights kept",
+                )
+
+    def check(self, view: BlockView, fix: str = "a stage after pruning has to keep to the masks it is given") -> None:
+        """The zeros that were made are still there.
+
+        Args:
+            view: the model.
+            fix: what the error advises.
 
         Raises:
             NumericsError: a weight that is not kept is not zero; the message names its layer.
@@ -50,7 +67,7 @@ class Masks(Mapping[str, Tensor]):
             if layer.spec.name in self and bool(layer.weight[~self[layer.spec.name].to(layer.weight.device)].any()):
                 raise NumericsError(
                     f"Weights of {layer.spec.name} that were pruned are no longer zero",
-                    fix="a stage after pruning has to keep to the masks it is given",
+                    fix=fix,
                 )
 
 

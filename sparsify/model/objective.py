@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sparsify.data.inputs import Batch, Inputs, as_inputs, batches, check_batch_size
 from sparsify.errors import NumericsError
+from sparsify.model.limits import check_causal, check_readable
 
 SLICE = 8192
 """Predicted tokens whose logits are held at once."""
@@ -102,7 +103,10 @@ def perplexity(
         UsageError: not token ids, or a batch size below one.
         NumericsError: the perplexity is not finite.
     """
-    mean = mean_loss(model, as_inputs(inputs, 2), objective, batch_size=check_batch_size(batch_size))
+    given = as_inputs(inputs, 2)
+    check_readable(model, given)
+    check_causal(model, given)
+    mean = mean_loss(model, given, objective, batch_size=check_batch_size(batch_size))
     if not mean < 700:  # exp would overflow; NaN too
         raise NumericsError("The perplexity is not finite", got=mean, fix="dtype=float32 if this is half precision")
     return math.exp(mean)

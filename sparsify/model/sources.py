@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +18,7 @@ from torch import nn
 
 from sparsify import paths
 from sparsify.errors import DataError, SparsifyError, UsageError
+from sparsify.model.pretrained import first_line, pretrained, quiet, tokenizer_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -100,22 +101,28 @@ class HubModel:
         Raises:
             DataError: neither a folder nor reachable on the hub.
         """
-        from transformers import AutoTokenizer
-
         torch_dtype, where = parse_dtype(dtype), pick_device(device)
         try:
             with paths.quiet_hub():
-                model = _from_folder(self.id, torch_dtype, where, revision=self.revision)
-                tokenizer = AutoTokenizer.from_pretrained(self.id, revision=self.revision)
-        except (OSError, ValueError) as error:
-            token = " and a token (hf auth login) with the licence accepted" if self.gated else ""
-            raise DataError(
-                f"The model {self.name} could not be loaded",
-                got=f"{self.id}: {str(error).strip().splitlines()[0]}",
-                allowed=f"a folder with config.json, tokenizer and weights, or a hub id{token}",
-                fix="check the spelling, or run without the hub: model=smollm2-135m",
-            ) from error
+                model = pretrained(self.id, torch_dtype, where, self.revision)
+                tokenizer = tokenizer_of(self.id, self.revision)
+        except SparsifyError:
+            raise
+        except Exception as error:  # whatever transformers and its readers of files raise about this folder
+            raise self._not_loaded(error) from error
         return _finish(model, tokenizer)
+
+    def _not_loaded(self, error: Exception) -> DataError:
+        token = " and a token (hf auth login) with the licence accepted" if self.gated else ""
+        local = Path(self.id).is_dir()
+        return DataError(
+            f"The model {self.name} could not be loaded",
+            got=f"{self.id}: {type(error).__name__}: {first_line(error)}",
+            allowed=f"a folder with config.json, tokenizer and weights, or a hub id{token}",
+            fix="check that the folder's files are whole: download or save the model again"
+            if local
+            else "check the spelling, or run without the hub: model=smollm2-135m",
+        )
 
 
 @dataclass(frozen=True)
@@ -142,12 +149,9 @@ class GGUFModel:
         Raises:
             DataError: the package is not installed or its file is not the pinned one.
         """
-        from transformers import AutoTokenizer
-
         torch_dtype, where = parse_dtype(dtype), pick_device(device)
         folder = self._converted()
-        model = _from_folder(str(folder), torch_dtype, where)
-        return _finish(model, AutoTokenizer.from_pretrained(folder))
+        return _finish(pretrained(str(folder), torch_dtype, where), tokenizer_of(str(folder)))
 
     def _converted(self) -> Path:
         folder = paths.cache() / f"{self.name}-{self.sha256[:12]}"
@@ -220,28 +224,6 @@ class ShapeModel:
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config, dtype=parse_dtype(dtype))
         return _finish(model, None)
-
-
-def _from_folder(source: str, dtype: torch.dtype, device: str, **options: Any) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    with quiet():
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    return model.to(device)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of transformers: the console has its own line for loading."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _finish(model: nn.Module, tokenizer: Any) -> Loaded:

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparsify.errors import UsageError
+
 
 class Statistic(ABC):
     """Something that is accumulated for each distinct input of a layer (or for each layer's gradient).
@@ -88,18 +90,22 @@ class LayerStats:
         samples: calibration samples folded in.
         values: by statistic.
         memo: derived quantities (a factorisation) computed once and shared like the object itself.
+        seen: whether any token was; False for an expert that none was routed to, whose statistics are those of nothing.
     """
 
     samples: int
     values: Mapping[Statistic, Any] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
+    seen: bool = True
 
     def __contains__(self, statistic: Statistic) -> bool:
         return statistic in self.values
 
     def __getitem__(self, statistic: Statistic) -> Any:
         if statistic not in self.values:
-            raise LookupError(f"these statistics were collected without {statistic}: name it in `needs`")
+            raise UsageError(
+                "A statistic is read that was not asked for", got=statistic, fix="name it in `needs` of what reads it"
+            )
         return self.values[statistic]
 
     @property

@@ -4,20 +4,24 @@ Each block is called directly, as the model itself would call it (`calls`), batc
 input in one activation buffer.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsify.data.inputs import Inputs, as_inputs, batches, check_batch_size
-from sparsify.errors import NumericsError, UsageError
-from sparsify.model.blocks import BlockView, Layer
-from sparsify.model.calls import cast, enter
+from sparsify.errors import UnsupportedModelError, UsageError
+from sparsify.model.blocks import BlockView
+from sparsify.model.calls import cast, enter, forked, holds_state, run_blocks
 from sparsify.model.cuda_graph import Replay, captured
-from sparsify.model.statistics import Accumulator, LayerStats, Needs, reading
+from sparsify.model.experts import one_by_one
+from sparsify.model.prunable import Layer
+from sparsify.model.statistics import LayerStats, Needs, reading
+from sparsify.model.taps import Enough, Taps
 
 
 def default_batch_size(device: torch.device, length: int) -> int:
@@ -45,6 +49,7 @@ class Walk:
     Raises:
         DataError: there are no inputs.
         UsageError: they are no inputs, or the batch size is below one.
+        UnsupportedModelError: blocks that, called one by one, do not give what the model gives.
     """
 
     def __init__(
@@ -56,6 +61,9 @@ class Walk:
         needs: Needs = frozenset(),
     ) -> None:
         inputs = as_inputs(inputs)
+        if not view.verified:
+            view.verified = True
+            verify(view, inputs)
         self.view = view
         size = check_batch_size(batch_size) or default_batch_size(view.device, inputs.length)
         self.batches = batches(inputs, size)
@@ -65,6 +73,18 @@ class Walk:
 
     def __len__(self) -> int:
         return len(self.hidden)
+
+    def fork(self) -> "Walk":
+        """Another walk that stands at the same place, with hidden states of its own."""
+        other = copy.copy(self)
+        other.hidden = self.hidden.clone()
+        other.calls = [forked(calls) for calls in self.calls]
+        return other
+
+    @property
+    def stateful(self) -> bool:
+        """Whether blocks leave something for later blocks besides hidden states (keys and values, say)."""
+        return any(holds_state(call) for call in self.calls[0])
 
     def to(self, dtype: torch.dtype) -> "Walk":
         """The same walk with hidden states and block arguments of another dtype; the blocks are left as they are."""
@@ -91,19 +111,26 @@ class Walk:
             advance: also replace the hidden states by the outputs (saves a pass when the block stays as it is).
 
         Raises:
-            NumericsError: an observed layer saw no token.
+            UnsupportedModelError: a layer whose weight is read without the layer being called, or statistics of pairs
+                of experts.
             UsageError: pairs in a walk, or at a time, that has none.
         """
         layers = [x for x in self.view.layers_of(block) if only is None or x.spec.name in only]
         pairs = bool(reading(needs, "pair"))
         if pairs:
-            self._check_pairs(block)
-        with _Taps(layers, needs, stop_early=not advance and not pairs) as taps:
+            self._check_pairs(block, layers)
+        with Taps(layers, needs, stop_early=not advance and not pairs) as taps:
             self._pass(block, keep=advance, taps=taps, pairs=pairs)
         self.dense_block += pairs
         return taps.finalise(len(self))
 
-    def _check_pairs(self, block: int) -> None:
+    def _check_pairs(self, block: int, layers: list[Layer]) -> None:
+        if experts := [layer.spec.name for layer in layers if layer.expert is not None]:
+            raise UnsupportedModelError(
+                "Statistics of pairs are not taken of experts: the dense model routes other tokens to them",
+                got=experts[0],
+                fix="another pruner",
+            )
         if self.dense is None or self.dense_block != block:
             raise UsageError(
                 "Statistics of pairs are taken once a block, before it is pruned",
@@ -114,12 +141,12 @@ class Walk:
     @torch.no_grad()
     def shared_inputs(self, block: int) -> list[frozenset[str]]:
         """Layer names grouped by the input they share, in the order the block runs them."""
-        with _Taps(self.view.layers_of(block), frozenset(), stop_early=False) as taps:
+        with Taps(self.view.layers_of(block), frozenset(), stop_early=False) as taps:
             self._call(block, 0, self.hidden[self.batches[0]])
             taps.end_learning()
-        return [frozenset(group) for group in taps.groups.values()]
+        return [*(frozenset(group) for group in taps.groups.values()), *taps.stacks()]
 
-    def _pass(self, block: int, keep: bool, taps: "_Taps | None" = None, pairs: bool = False) -> None:
+    def _pass(self, block: int, keep: bool, taps: "Taps | None" = None, pairs: bool = False) -> None:
         """All batches through the block, the first one eagerly, the others from a graph where that pays."""
         replay: Replay | None = None
         for i, where in enumerate(self.batches):
@@ -134,7 +161,7 @@ class Walk:
             if i == 0 and taps is not None:
                 taps.end_learning()
 
-    def _step(self, block: int, batch: int, taps: "_Taps | None") -> Callable[..., list[Tensor | None]]:
+    def _step(self, block: int, batch: int, taps: "Taps | None") -> Callable[..., list[Tensor | None]]:
         """The block on a batch's states and, for pairs, first on the dense model's."""
 
         def step(hidden: Tensor, *dense: Tensor) -> list[Tensor | None]:
@@ -162,10 +189,11 @@ class Walk:
 
     def _call(self, block: int, batch: int, hidden: Tensor) -> Tensor | None:
         """The block's output for a batch; None if the taps had seen enough before it was done."""
-        try:
-            return _first(self.view.blocks[block](hidden, **self.calls[batch][block]))
-        except _Enough:
-            return None
+        with one_by_one(self.view.model) if self.view.has_experts else nullcontext():
+            try:
+                return _first(self.view.blocks[block](hidden, **self.calls[batch][block]))
+            except Enough:
+                return None
 
     def _repeats(self, block: int) -> bool:
         """Whether the batches differ in nothing but their hidden states, and are many enough to capture one."""
@@ -187,84 +215,42 @@ def _first(out: Any) -> Tensor:
     return hidden
 
 
-class _Enough(Exception):
-    """Raised inside a block once its last observed input has been seen."""
+@torch.no_grad()
+def verify(view: BlockView, inputs: Inputs) -> None:
+    """Try on a few tokens that the blocks, called one by one, give what they give in the model's own forward.
 
+    A block may read what no argument shows (a buffer that an earlier block filled, say): numbers of a walk would then
+    be wrong without a word.
 
-class _Taps:
-    """Pre-hooks that fold each distinct layer input once; always removed, whatever happens inside."""
-
-    def __init__(self, layers: list[Layer], needs: Needs, stop_early: bool) -> None:
-        self.layers = layers
-        self.needs = reading(needs, "input", "pair")
-        self.stop_early = stop_early
-        self.groups: dict[str, list[str]] = {}
-        self.sums: dict[str, Accumulator] = {}
-        self.held: dict[Any, tuple[str, Tensor]] = {}
-        self.dense: dict[str, Tensor] | None = None
-        self.learning = True
-        self.samples = 1
-        self._beside = False
-
-    def __enter__(self) -> "_Taps":
-        self.handles = {
-            x.spec.name: x.module.register_forward_pre_hook(self._tap(x.spec.name), with_kwargs=True)
-            for x in self.layers
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles.values():
+    Raises:
+        UnsupportedModelError: naming the first block that differs.
+    """
+    few = inputs.few()
+    own: list[Tensor] = []
+    handles = [
+        block.register_forward_hook(lambda _m, _a, out: own.append(_first(out).clone())) for block in view.blocks
+    ]
+    try:
+        for where in (slice(0, 1), slice(1, 2))[: len(few)]:
+            run_blocks(view, few.batch(where, view.device))
+    finally:
+        for handle in handles:
             handle.remove()
-        self.held.clear()
-        self.dense = None
+    walk = Walk(view, few, 1)
+    if walk.hidden.ndim != 3:
+        raise _not_walked(view, 0, f"hidden states of shape {tuple(walk.hidden.shape[1:])} a sample")
+    for block in range(len(view.blocks)):
+        walk.advance(block)
+        for sample in range(len(few)):
+            there = own[sample * len(view.blocks) + block].to(walk.hidden.device)
+            far = float((walk.hidden[sample : sample + 1] - there).float().abs().max() / there.float().abs().max())
+            if far > (1e-3 if there.dtype == torch.float32 else 5e-2):
+                raise _not_walked(view, block, f"outputs that differ by {far:.1%} of the largest")
 
-    @contextmanager
-    def remembering(self) -> Iterator[None]:
-        """While this is open, what enters the layers is kept as the dense model's and not folded."""
-        self.dense, self._beside = {}, True
-        try:
-            yield
-        finally:
-            self._beside = False
 
-    def _tap(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if self._beside:
-                assert self.dense is not None
-                self.dense[name] = x
-                return
-            if self.learning and not self._leads(name, x):
-                return
-            self.sums[name].fold(x, self.samples, self.dense[name] if self.dense is not None else None)
-            if self.stop_early and not self.learning and name == next(reversed(self.groups)):
-                raise _Enough
-
-        return hook
-
-    def _leads(self, name: str, x: Tensor) -> bool:
-        """Whether `name` is the first layer to read this very tensor (held, so its address is not reused)."""
-        key = (x.data_ptr(), x.shape, x.stride())
-        leader, _ = self.held.setdefault(key, (name, x))
-        self.groups.setdefault(leader, []).append(name)
-        self.sums.setdefault(leader, Accumulator(self.needs))
-        return leader == name
-
-    def end_learning(self) -> None:
-        """After the first batch only the first reader of each input keeps its hook."""
-        for name in set(self.handles) - set(self.groups):
-            self.handles.pop(name).remove()
-        self.held.clear()
-        self.learning = False
-
-    def finalise(self, samples: int) -> dict[str, LayerStats]:
-        stats: dict[str, LayerStats] = {}
-        for leader, names in self.groups.items():
-            stats.update(dict.fromkeys(names, self.sums[leader].finalise(samples)))
-        for layer in self.layers:
-            if layer.spec.name not in stats:
-                raise NumericsError(
-                    f"Layer {layer.spec.name} saw no calibration token", fix="use more calibration windows"
-                )
-        return stats
+def _not_walked(view: BlockView, block: int, got: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The blocks of {type(view.model).__name__}, called one by one, do not give what the model gives",
+        got=f"block {block}: {got}",
+        allowed="blocks that hand on hidden states [batch, positions, width] and read nothing but their arguments",
+    )

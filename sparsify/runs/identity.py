@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sparsify import paths
-from sparsify.runs import registry
+from sparsify.runs import content, registry
 from sparsify.types import Pattern, check_sparsity
 
 Config = Mapping[str, Any]
@@ -157,20 +157,5 @@ def _model_identity(node: Config) -> dict[str, Any]:
     tree = {key: value for key, value in node.items() if key not in DESCRIPTIVE}
     folder = Path(str(tree.get("id", "")))
     if tree.get("id") and folder.is_dir():
-        return {**tree, "id": folder.name, "revision": _folder_hash(folder.resolve())}
+        return {**tree, "id": folder.name, "revision": content.folder_hash(folder.resolve())}
     return tree
-
-
-@cache
-def _folder_hash(folder: Path) -> str:
-    """Names, sizes and 32 evenly spaced samples of every config, tokenizer and weight file."""
-    total = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt"):
-            size = file.stat().st_size
-            total.update(f"{file.name}:{size}:".encode())
-            with open(file, "rb") as handle:
-                for part in range(32):
-                    handle.seek(size * part // 32)
-                    total.update(handle.read(1 << 16))
-    return total.hexdigest()[:40]

@@ -63,6 +63,7 @@ class Record:
         trials: what a search tried, in order.
         notes: of allocator, method and stages.
         plan: a row per layer (`SparsityPlan.to_rows`).
+        skipped: a row per matrix of the blocks that is not pruned, with the reason.
         layers: a row per layer (`LayerResult.to_row`).
         calibration: where the calibration inputs came from.
         evaluations: by name.
@@ -82,6 +83,7 @@ class Record:
     trials: list[dict[str, Any]] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     plan: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
     evaluations: dict[str, Recorded] = field(default_factory=dict)

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import socket
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
-from sparsify.errors import HeldError, RecordError
+from sparsify.errors import RecordError
+from sparsify.runs import leases
 from sparsify.runs.record import Record
 
 State = Literal["done", "running", "failed", "missing"]
-HEARTBEAT_SECONDS = 30.0
-STALE_SECONDS = 300.0
-"""A lease of another host is dead when its heartbeat is older than this."""
 
 
 class Store:
@@ -60,7 +55,8 @@ class Store:
         try:
             text = json.dumps(record.to_json(), indent=1, allow_nan=False)
         except (ValueError, TypeError) as error:
-            raise RecordError("A result is not finite or not plain data", got=error) from error
+            where = _not_plain(record.to_json()) or str(error)
+            raise RecordError("A result is not finite or not plain data", got=where, allowed="JSON") from error
         write_atomically(file, text)
         return file
 
@@ -91,28 +87,36 @@ class Store:
 
     def holder(self, key: str) -> str | None:
         """`host:pid` of the process that works on the cell, None if nobody alive does."""
-        lease = _read_lease(self.folder(key) / "lease")
-        return f"{lease['host']}:{lease['pid']}" if lease and _alive(self.folder(key) / "lease", lease) else None
+        return leases.holder(self.folder(key) / "lease")
 
     @contextmanager
     def lease(self, key: str) -> Iterator[None]:
-        """Hold the cell; a dead process' lease is taken over.
+        """Hold the cell; a dead process' lease is taken over, and what it left half-written is removed.
 
         Raises:
-            RecordError: another process holds it.
+            HeldError: another process holds it.
+            RecordError: the folder cannot be written.
         """
-        file = self.folder(key) / "lease"
-        _take(file)
-        stop = threading.Event()
-        beat = threading.Thread(target=_heartbeat, args=(file, stop), daemon=True)
-        beat.start()
-        try:
+        with leases.held(self.folder(key) / "lease"):
+            _sweep_drafts(self.folder(key))
             yield
-        finally:
-            stop.set()
-            beat.join()
-            if _read_lease(file) == _me():
-                file.unlink(missing_ok=True)
+
+
+def _not_plain(tree: Any, path: str = "") -> str | None:
+    """Where in a tree something is that JSON cannot hold, and what."""
+    if isinstance(tree, Mapping | list):
+        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+        return next((found for key, value in items if (found := _not_plain(value, f"{path}.{key}"))), None)
+    fine = tree is None or isinstance(tree, str | bool | int) or (isinstance(tree, float) and math.isfinite(tree))
+    return None if fine else f"{path.removeprefix('.')}: {tree!r}"[:200]
+
+
+def _sweep_drafts(folder: Path) -> None:
+    """Remove what killed writers left, but not what another process may just be writing to take the lease."""
+    for draft in folder.glob(".*.*"):
+        with suppress(OSError):
+            if draft.suffix[1:].isdigit() and time.time() - draft.stat().st_mtime > 60:
+                draft.unlink()
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -138,78 +142,3 @@ def write_atomically(file: Path, text: str) -> None:
             allowed="a writable folder with free space",
             fix="free some space or set results=<other folder>; everything finished so far is safe",
         ) from error
-
-
-def _take(file: Path) -> None:
-    """Create the lease with its content in one step, so that nobody ever reads an empty one."""
-    draft = file.with_name(f"lease.draft.{socket.gethostname()}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_dead(file)
-        draft.write_text(json.dumps(_me()))
-        os.link(draft, file)
-    except FileExistsError:
-        lease = _read_lease(file)
-        who = f"{lease['host']}:{lease['pid']}" if lease else "another process"
-        raise HeldError(
-            "This cell is being worked on", got=f"held by {who}", fix=f"wait for it, or remove {file} if it is dead"
-        ) from None
-    except OSError as error:
-        raise RecordError(
-            "The cell's folder cannot be written",
-            got=f"{file.parent}: {error.strerror}",
-            fix="free some space or set results=<other folder>; everything finished so far is safe",
-        ) from error
-    finally:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-
-
-def _me() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-
-
-def _sweep_dead(file: Path) -> None:
-    """Remove a dead lease; the rename lets only one of several takers win."""
-    lease = _read_lease(file)
-    if file.exists() and (lease is None or not _alive(file, lease)):
-        grave = file.with_name(f"lease.dead.{os.getpid()}")
-        try:
-            os.rename(file, grave)
-        except FileNotFoundError:
-            return
-        if _read_lease(grave) != lease:  # another taker was quicker, and this is its living lease
-            with suppress(FileExistsError):
-                os.link(grave, file)
-        grave.unlink()
-
-
-def _read_lease(file: Path) -> dict[str, Any] | None:
-    try:
-        lease = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    return lease if isinstance(lease, dict) else None
-
-
-def _alive(file: Path, lease: Mapping[str, Any]) -> bool:
-    if lease["host"] == socket.gethostname():
-        try:
-            process = psutil.Process(lease["pid"])
-            return abs(process.create_time() - lease["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
-    try:
-        return time.time() - file.stat().st_mtime < STALE_SECONDS
-    except FileNotFoundError:
-        return False
-
-
-def _heartbeat(file: Path, stop: threading.Event) -> None:
-    while not stop.wait(HEARTBEAT_SECONDS):
-        try:
-            os.utime(file)
-        except FileNotFoundError:
-            return
-        except OSError:
-            continue  # a network file system may recover

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from sparsify.data.inputs import Inputs, batches
 from sparsify.errors import NumericsError
-from sparsify.model.blocks import BlockView, Layer
+from sparsify.model.blocks import BlockView
 from sparsify.model.dense import DenseModel
 from sparsify.model.gradients import layer_gradients
 from sparsify.model.objective import Objective, batch_size_for, mean_loss
+from sparsify.model.prunable import Layer
 from sparsify.model.statistics import NORM
 from sparsify.model.walk import Walk
 from sparsify.pruners.masks import num_zeros

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from fakes import state_of
 
 from sparsify import perplexity
 from sparsify.cells.cell import Cell
@@ -22,7 +23,7 @@ SIZES = [f"{part}.{size}" for part in ("calibration", "heldout", "test") for siz
 def test_every_evaluator_measures_and_leaves_the_model_as_it_was(name, make_model):
     cell = Cell.of(menu.compose(["model=shape/tiny", "device=cpu", f"eval={name}", *SIZES]))
     view = BlockView(make_model(vocab_size=1024))
-    dense = view.snapshot()
+    dense, before = view.snapshot(), state_of(view.model)
     assert cell.evaluators
     for evaluator in cell.evaluators.values():
         subject = Subject(view, None, lambda spec: spec.inputs(None, 0), dense)
@@ -36,6 +37,8 @@ def test_every_evaluator_measures_and_leaves_the_model_as_it_was(name, make_mode
         tree = json.loads(json.dumps(result.to_json(), allow_nan=False))
         assert Evaluation.from_json(tree, name) == result
         assert not dense.changed()
+        assert state_of(view.model) == before, "an evaluator leaves modules, hooks and flags as it found them"
+        assert evaluator.evaluate(subject) == result, "an evaluator gives the same number twice"
 
 
 def test_the_perplexity_evaluator_reports_value_protocol_and_text(make_model, tmp_path):

@@ -7,8 +7,8 @@ import torch
 
 from sparsify.errors import NumericsError, SparsifyError
 from sparsify.methods.blockwise import output_error, prune_layer
-from sparsify.model.blocks import Layer
 from sparsify.model.masks import Masks
+from sparsify.model.prunable import Layer
 from sparsify.model.statistics import GRAM, Accumulator, LayerStats, reading
 from sparsify.pruners.base import Pruned
 from sparsify.runs import registry

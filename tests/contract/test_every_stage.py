@@ -1,15 +1,18 @@
 """What every stage promises: zeros that stay, modules that stay, and a dense model that can be put back."""
 
+import json
 from dataclasses import dataclass
 
 import pytest
 import torch
+from fakes import state_of
 
 import sparsify
 from sparsify.data.inputs import as_inputs
 from sparsify.errors import NumericsError
 from sparsify.methods.base import Stage, StageResult
 from sparsify.model.blocks import BlockView
+from sparsify.model.masks import Masks
 from sparsify.recipe import Recipe, prune_model
 from sparsify.runs import registry
 
@@ -48,9 +51,10 @@ def test_every_stage_keeps_its_promises(group, stage, make_model):
     weights = []
     for _ in range(2):
         view = BlockView(make_model())
-        dense, modules = view.snapshot(), dict(view.model.named_modules())
+        dense, before = view.snapshot(), state_of(view.model)
         result = run(view, group, stage)
-        assert dict(view.model.named_modules()) == modules
+        assert state_of(view.model) == before, "a stage leaves modules, hooks, flags and gradients as it found them"
+        json.dumps(dict(result.notes), allow_nan=False)
         assert set(result.masks) == {layer.spec.name for layer in view.layers}
         assert all(not layer.weight[~result.masks[layer.spec.name]].any() for layer in view.layers)
         assert result.sparsity == pytest.approx(0.5, abs=0.02)
@@ -59,6 +63,21 @@ def test_every_stage_keeps_its_promises(group, stage, make_model):
         view.restore(dense)
         assert not dense.changed()
     assert all(torch.equal(one, two) for one, two in zip(*weights, strict=True))
+
+
+def test_a_stage_that_widens_its_masks_is_caught(make_model):
+    @dataclass(frozen=True)
+    class Wide(Stage):
+        version: int = 1
+
+        def apply(self, view, masks, job):
+            wide = Masks()
+            for name in masks:
+                wide[name] = torch.ones_like(masks[name])
+            return StageResult(wide)
+
+    with pytest.raises(NumericsError, match="keep more than those it was given"):
+        run(BlockView(make_model()), "recovery", Wide())
 
 
 def test_a_stage_that_brings_pruned_weights_back_is_caught(make_model):

@@ -3,7 +3,7 @@ from functools import cache
 
 import pytest
 import torch
-from families import FAMILIES, MIXTRAL, VOCABULARY
+from families import FAMILIES, VOCABULARY
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -314,11 +314,6 @@ def test_sparsity_zero_changes_nothing():
     assert sparsify.prune(model, TOKENS, pruner="sparsegpt", sparsity=0.0).sparsity == 0
     for a, b in zip(model.parameters(), fresh().parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_stacked_experts_are_refused():
-    with pytest.raises(UnsupportedModelError, match="Experts"):
-        sparsify.prune(MIXTRAL.build(), TOKENS, sparsity=0.5)
 
 
 def test_a_model_without_decoder_blocks_is_refused():

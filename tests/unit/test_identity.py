@@ -24,7 +24,6 @@ FILES = {
 def forget():
     """Texts are hashed once per process; a test is many processes in one."""
     identity._fingerprint.cache_clear()
-    identity._folder_hash.cache_clear()
     corpora._hash_files.cache_clear()
     benchmarks._provenance.cache_clear()
 

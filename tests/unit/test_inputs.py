@@ -36,13 +36,16 @@ class Embedded:
         return len(self.vectors)
 
     def take(self, which):
-        return Embedded(self.vectors[which], self.classes[which], self.split)
+        return type(self)(self.vectors[which], self.classes[which], self.split)
 
     def batch(self, where, device):
         return {"inputs_embeds": self.vectors[where].to(device), "labels": self.classes[where].to(device)}
 
     def probe(self, device):
         return {"inputs_embeds": self.vectors[:1].to(device)}
+
+    def few(self):
+        return self.take(slice(0, 2))
 
 
 class Labelless(Embedded):

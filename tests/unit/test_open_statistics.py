@@ -91,7 +91,7 @@ def test_a_walk_collects_whatever_is_needed(make_model, tokens, batch_size):
             torch.testing.assert_close(stats[Mean()], inputs[name].mean(0), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(stats[Variance()], inputs[name].var(0, correction=0), rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(stats.square, inputs[name].square().sum(0) / 5)
-            with pytest.raises(LookupError, match="CrossGram"):
+            with pytest.raises(UsageError, match="CrossGram"):
                 stats[CrossGram()]
 
 

@@ -229,7 +229,7 @@ def test_layers_that_share_an_input_share_its_factorisation(weight, x, monkeypat
 @pytest.mark.parametrize("pruner", [Wanda(), RIA(), SparseGPT()])
 def test_missing_statistics_are_a_programming_error(pruner, weight):
     empty = Accumulator(frozenset()).finalise(1)
-    with pytest.raises(LookupError):
+    with pytest.raises(UsageError, match="needs"):
         pruner.prune(weight, empty, Target(0.5))
 
 

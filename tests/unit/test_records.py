@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from sparsify.errors import RecordError, UsageError
-from sparsify.runs import records
+from sparsify.runs import leases, records
 from sparsify.runs.record import SCHEMA, Kept, Record, Recorded, Superseded
 from sparsify.runs.records import Store, write_atomically
 from sparsify.types import Evaluation, Measurement
@@ -36,7 +36,7 @@ def lease_of(store):
     def write(**changes):
         file = store.folder(KEY) / "lease"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(records._me() | changes))
+        file.write_text(json.dumps(leases._me() | changes))
         return file
 
     return write
@@ -176,7 +176,7 @@ def test_a_live_lease_is_refused(store):
 
 def test_a_live_lease_of_another_process_is_refused(store, lease_of):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        lease_of(pid=other.pid, started=records.psutil.Process(other.pid).create_time())
+        lease_of(pid=other.pid, started=leases.psutil.Process(other.pid).create_time())
         assert store.state(KEY, {}) == "running"
         with pytest.raises(RecordError, match=f":{other.pid}"), store.lease(KEY):
             pass
@@ -200,7 +200,7 @@ def test_a_process_number_used_again_does_not_revive_a_lease(store, lease_of):
         assert store.state(KEY, {}) == "running"
 
 
-@pytest.mark.parametrize(("age", "held"), [(0, True), (records.STALE_SECONDS + 60, False)])
+@pytest.mark.parametrize(("age", "held"), [(0, True), (leases.STALE_SECONDS + 60, False)])
 def test_a_lease_of_another_host_lives_by_its_heartbeat(store, lease_of, age, held):
     file = lease_of(host="elsewhere", pid=1)
     then = file.stat().st_mtime - age
@@ -215,7 +215,7 @@ def test_a_lease_of_another_host_lives_by_its_heartbeat(store, lease_of, age, he
 
 
 def test_a_heartbeat_keeps_the_lease_young(store, monkeypatch):
-    monkeypatch.setattr(records, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.01)
     with store.lease(KEY):
         file = store.folder(KEY) / "lease"
         os.utime(file, (0, 0))

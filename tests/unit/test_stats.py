@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from sparsify.errors import UsageError
 from sparsify.model.statistics import GRAM, NORM, Accumulator, LayerStats
 
 BOTH = frozenset({NORM, GRAM})
@@ -45,7 +46,7 @@ def test_only_what_is_needed_is_collected():
     accumulator.fold(torch.ones(1, 2, 3), 1)
     stats = accumulator.finalise(1)
     assert NORM not in stats
-    with pytest.raises(LookupError):
+    with pytest.raises(UsageError, match="needs"):
         _ = stats.norm
 
 
