@@ -69,10 +69,10 @@ def windows(
     Args:
         tokenizer: of the model.
         corpus: a name under `configs/data`, or a text file.
-        split: `train`, `heldout` or `test` of `sotu`; `train` of `c4`; `test` of `wikitext2`.
+        split: `train`, `heldout` or `test` of `sotu`; `train` or `validation` of `c4`; any of `wikitext2`.
         n: windows; None for all (`joined` sampler only).
         seqlen: tokens per window.
-        sampler: `document` (a random window of a random long document) or `joined`.
+        sampler: `document` (a random window of a random long document), `joined` or `random`, see `data.windows`.
         text_column: of a text file of your own with rows (JSON, Parquet): the column that holds the text.
         seed: of the document sampler.
 

@@ -10,9 +10,10 @@ from sparsify.allocators.base import Allocator
 from sparsify.allocators.uniform import Uniform
 from sparsify.data.inputs import Inputs
 from sparsify.errors import UsageError
-from sparsify.methods.base import Job, Method, Stage
+from sparsify.methods.base import Method, Stage
 from sparsify.methods.blockwise import LayerResult
 from sparsify.methods.checkpoint import Checkpoint
+from sparsify.methods.job import Job
 from sparsify.model.blocks import BlockView
 from sparsify.model.calls import run_blocks
 from sparsify.model.dense import DenseModel

@@ -277,4 +277,4 @@ def check_sparsity(value: Any) -> float:
             allowed="0 <= sparsity < 1",
             fix=hint,
         )
-    return number
+    return float(f"{number:.12g}")  # 0.7 is what a range means by 0.7000000000000001

@@ -1,4 +1,4 @@
-"""The one place where a profile of sparsities is made to meet a budget of zeros exactly."""
+"""The solver that makes a profile of sparsities meet a budget of zeros, and the rounding of plans to a pattern."""
 
 from __future__ import annotations
 

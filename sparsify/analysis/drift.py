@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsify.analysis.perturbation import Run, Source
 from sparsify.data.inputs import Inputs, as_inputs
-from sparsify.errors import NumericsError, UsageError
+from sparsify.errors import NumericsError, UnsupportedModelError, UsageError
 from sparsify.model.blocks import BlockView
 from sparsify.model.objective import batch_size_for
 from sparsify.model.statistics import full_precision
@@ -96,6 +96,7 @@ def drift(
 
     Raises:
         UsageError: no such block, or a disturbance below the resolution of single precision.
+        UnsupportedModelError: blocks that hand on more than hidden states.
         NumericsError: a state, clean or disturbed, is not finite; the message names the block.
     """
     dtype = torch.promote_types(view.layers[0].weight.dtype, torch.float32)
@@ -108,6 +109,12 @@ def drift(
     measures = _Measures.blank(len(injected), total, seeds, (len(inputs), inputs.length), view.device)
     with full_precision():
         walk = Walk(view, inputs, batch_size or batch_size_for(view.device, inputs.length)).to(dtype)
+        if walk.stateful:
+            raise UnsupportedModelError(
+                "Blocks of this model hand each other keys and values, and a disturbed copy would read the clean one's",
+                got=type(view.model).__name__,
+                allowed="models whose blocks hand on hidden states alone",
+            )
         copies: dict[tuple[int, int], Tensor] = {}
         for block in range(total):
             run = _runner(walk, block)

@@ -57,7 +57,7 @@ def _record(store: Store, key: str) -> Record:
             "There is no finished cell of that key" if len(matches) < 2 else "Several cells begin like this",
             got=key,
             allowed=", ".join(known) or "a key of a cell that was run with keep=true",
-            fix="python -m sparsify.plan shows keys; records lie under <results>/runs",
+            fix="the key is the name of the cell's folder under <results>/runs, and in the last lines of the run",
         )
     return record
 

@@ -36,6 +36,8 @@ def launch(arguments: list[str]) -> int:
         sys.argv = ["sparsify", *understood(arguments)]
         main = hydra.main(version_base="1.3", config_path=str(paths.configs()), config_name="config")
         main(_task(reported))()
+    except KeyboardInterrupt:
+        return interrupted()
     except Exception as error:
         return exit_code(error)
     finally:
@@ -85,8 +87,16 @@ def command(usage: str, run: Callable[[str | None, list[str]], int], arguments: 
         tables = [a.partition("=")[2] for a in arguments if a.startswith("table=")]
         overrides = [a for a in arguments if not a.startswith("table=")]
         return run(tables[-1] if tables else None, understood(overrides))
+    except KeyboardInterrupt:
+        return interrupted()
     except Exception as error:
         return exit_code(error)
+
+
+def interrupted() -> int:
+    """What Ctrl-C ends with: a line, and the exit code that shells expect."""
+    console.say("  stopped; finished cells are kept, the same command goes on")
+    return 130
 
 
 def exit_code(error: Exception) -> int:
@@ -228,7 +238,7 @@ def understood(arguments: list[str]) -> list[str]:
     """
     for argument in arguments:
         _refuse_registration(argument)
-    return expand_model(arguments)
+    return [quoted(argument) for argument in expand_model(arguments)]
 
 
 def _refuse_registration(argument: str) -> None:
@@ -241,23 +251,62 @@ def _refuse_registration(argument: str) -> None:
         raise UsageError("Components are chosen by name", got=argument, fix=f"{owner or 'pruner'}=<name>")
 
 
+PATHS = ("model.id", "results", "allocator.file")
+"""Keys whose values are paths, as `calibration.text.path` is."""
+
+
+def quoted(argument: str) -> str:
+    """A path as Hydra is to read it: in quotes where its characters mean something in Hydra's grammar.
+
+    `a.txt,b.txt` stays a sweep over two paths, unless there is a file of that very name.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or not (key.lstrip("+") in PATHS or key.endswith((".path", ".file"))) or value[:1] in ("'", '"', ""):
+        return argument
+    values = [value] if Path(value).expanduser().exists() else value.split(",")
+    return f"{key}=" + ",".join(
+        part if re.fullmatch(r"[\w./*?:+-]+", part, re.ASCII) else _quote(part) for part in values
+    )
+
+
+def _quote(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
 def expand_model(arguments: list[str]) -> list[str]:
-    """Turn `model=org/name` and `model=./folder` into the generic hub model; named models stay."""
-    known = set(registry.names("model"))
+    """Turn `model=org/name`, `model=./folder`, and sweeps over such, into the generic hub model; named models stay.
+
+    Raises:
+        UsageError: a sweep over named models and others at once.
+    """
     expanded = []
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key == "model" and value not in known and "," not in value and _foreign(value):
-            path = Path(value).expanduser()
-            name = path.resolve().name if path.is_dir() else value
-            source = str(path.resolve()) if path.is_dir() else value
-            expanded += ["model=hub", f"model.id='{source}'", f"model.name='{name}'"]
-        else:
+        values = [value] if Path(value).expanduser().is_dir() else value.split(",")
+        foreign = [_foreign(part) for part in values]
+        if key != "model" or not any(foreign):
             expanded.append(argument)
+        elif not all(foreign):
+            named = ",".join(part for part in values if not _foreign(part))
+            others = ",".join(part for part in values if _foreign(part))
+            raise UsageError(
+                "A sweep is over named models or over ids and folders, not over both",
+                got=argument,
+                fix=f"model={named} and model={others}, one sweep each",
+            )
+        else:
+            expanded += ["model=hub", "model.id=" + ",".join(_quote(_absolute(part)) for part in values)]
     return expanded
 
 
+def _absolute(source: str) -> str:
+    """A folder by its whole path, a hub id as it is."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.is_dir() else source
+
+
 def _foreign(value: str) -> bool:
-    if not value or value.startswith("shape/"):
+    if not value or value in registry.names("model") or value.startswith("shape/"):
         return False
     return Path(value).expanduser().is_dir() or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", value))

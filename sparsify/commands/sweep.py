@@ -1,5 +1,7 @@
 """`python -m sparsify.sweep table=table1`: run the missing cells of a table, part by part, in one process.
 
+They are planned by `runs.menu` and run by Hydra.
+
 Also the filters that any `python -m sparsify -m ...` puts in front of its launcher.
 """
 

@@ -20,7 +20,7 @@ class Perplexity:
     version: int = 1
 
     def evaluate(self, subject: Subject) -> Evaluation:
-        """`perplexity` with the provenance of the text."""
+        """`model.objective.perplexity` with the provenance of the text."""
         inputs = subject.inputs(self.windows)
         value = perplexity(subject.model, inputs, batch_size=subject.batch_size)
         return Evaluation(metric="perplexity", value=value, protocol=self.windows.protocol, text=inputs.provenance)

@@ -1,108 +1,15 @@
-"""What a method and a stage are, and the job that they are given."""
+"""What a method and a stage are."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
-from sparsify.allocators.base import Allocator, allocate
-from sparsify.allocators.budget import apply_pattern
-from sparsify.allocators.context import Context
-from sparsify.data.inputs import Inputs
-from sparsify.methods.blockwise import BlockwisePruning, LayerResult, Regime
-from sparsify.methods.checkpoint import Checkpoint
+from sparsify.methods.blockwise import LayerResult
+from sparsify.methods.job import Job
 from sparsify.model.blocks import BlockView
-from sparsify.model.dense import DenseModel
 from sparsify.model.masks import Masks
-from sparsify.model.objective import Objective, perplexity
-from sparsify.progress import Progress, silent
-from sparsify.pruners.base import Pruner
-from sparsify.types import Pattern, SparsityPlan
-
-
-@dataclass
-class Job:
-    """What there is to do, and what to do it with.
-
-    Attributes:
-        view: the model.
-        pruner: how a matrix is pruned.
-        allocator: how the budget is split.
-        pattern: where zeros may stand.
-        sparsity: the budget.
-        calibration: what statistics are taken on.
-        heldout: what searches and choices are scored on; None where there is nothing.
-        objective: the loss.
-        batch_size: samples per forward.
-        seed: of whatever draws.
-        snapshot: makes or finds the copy of the dense model.
-        memo: what allocators have asked about the dense model.
-        progress: to be told of phases.
-        checkpoint: keeps what a long method must not lose; of the cell's folder, or nowhere.
-    """
-
-    view: BlockView
-    pruner: Pruner
-    allocator: Allocator
-    pattern: Pattern
-    sparsity: float
-    calibration: Inputs
-    heldout: Inputs | None
-    objective: Objective
-    batch_size: int | None = None
-    seed: int = 0
-    snapshot: Callable[[], DenseModel] | None = None
-    memo: dict[Any, Any] = field(default_factory=dict)
-    progress: Progress = silent
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-
-    def plan(self, sparsity: float, *, regime: Regime = "propagated", changed: bool = False) -> SparsityPlan:
-        """The allocator's plan for a sparsity; a loop may ask again and again.
-
-        Args:
-            sparsity: zeros over all prunable weights.
-            regime: how trials of a searching allocator prune.
-            changed: whether the model is no longer the dense one: nothing that is remembered of that counts then, and
-                trials come back to the model as it is now.
-        """
-        snapshot = cache(self.view.snapshot) if changed or self.snapshot is None else self.snapshot
-
-        def try_plan(plan: SparsityPlan) -> float:
-            dense = snapshot()
-            try:
-                self.prune(apply_pattern(plan, self.view.table, self.pattern), regime=regime)
-                return self.score()
-            finally:
-                self.view.restore(dense)
-
-        context = Context(
-            view=self.view,
-            calibration=self.calibration,
-            heldout=self.heldout,
-            batch_size=self.batch_size,
-            objective=self.objective,
-            try_plan=try_plan,
-            snapshot=snapshot,
-            memo={} if changed else self.memo,
-            pruner=self.pruner,
-            pattern=self.pattern,
-            seed=self.seed,
-            progress=self.progress,
-        )
-        return allocate(self.allocator, self.view.table, sparsity, context, self.pattern)
-
-    def prune(
-        self, plan: SparsityPlan, *, regime: Regime = "propagated", masks: Masks | None = None
-    ) -> list[LayerResult]:
-        """Prune the model as it is by a plan, block by block."""
-        pruning = BlockwisePruning(self.pruner, regime, self.batch_size, self.objective)
-        return pruning.apply(self.view, self.calibration, plan, masks, self.progress)
-
-    def score(self) -> float:
-        """Held-out perplexity of the model as it is now."""
-        assert self.heldout is not None
-        return perplexity(self.view.model, self.heldout, objective=self.objective, batch_size=self.batch_size)
+from sparsify.types import SparsityPlan
 
 
 @dataclass(frozen=True)

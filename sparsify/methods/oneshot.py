@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from sparsify.errors import UsageError
-from sparsify.methods.base import Job, Method, MethodResult
+from sparsify.methods.base import Method, MethodResult
 from sparsify.methods.blockwise import REGIMES, Regime
+from sparsify.methods.job import Job
 from sparsify.model.blocks import BlockView
 from sparsify.model.masks import Masks
 

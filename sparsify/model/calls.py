@@ -5,7 +5,7 @@ The recorded arguments (masks, rotary embeddings, per layer type) are what a wal
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,7 +56,7 @@ def _recording(view: BlockView, tuples: list[bool]) -> Iterator[tuple[list[Tenso
 
     def state_of(value: Any) -> Any:
         """A dictionary that is empty before any block has run is one that they write into."""
-        empty = isinstance(value, dict) and not value
+        empty = isinstance(value, MutableMapping) and not value
         return states.setdefault(id(value), State()) if empty else value
 
     def recorder(i: int, names: list[str]) -> Any:
@@ -175,6 +175,8 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     """Floating-point tensors inside nested arguments in another dtype."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
+    if _is_state(value):
+        return value  # filled later, by blocks of that dtype; one object for all of them
     if isinstance(value, Mapping):
         return {key: cast(item, dtype) for key, item in value.items()}
     return type(value)(cast(item, dtype) for item in value) if type(value) in (tuple, list) else value

@@ -27,7 +27,7 @@ INNER = {"source": "perturbation", "pruner": "pruner"}
 
 
 def long(records: Iterable[Record]) -> pd.DataFrame:
-    """One self-describing row per cell and evaluation: what `results/published` keeps and tables are made from.
+    """One self-describing row per finished cell and evaluation: what is published and what tables are made from.
 
     Columns: `key`, `scale`, `model`, `dtype`, `pattern`, `sparsity` (wanted), `achieved` (counted zeros), `seed`;
     `pruner`, `allocator`, `method` and whatever else there is of `GROUPS` by config name, every parameter as
@@ -38,7 +38,7 @@ def long(records: Iterable[Record]) -> pd.DataFrame:
     and `curve` (values by block, joined by `|`) with its `curve_stderr`. Further measurements are rows
     `<evaluation>.<metric>`.
     """
-    return pd.DataFrame([row for record in records for row in _rows(record)])
+    return pd.DataFrame([row for record in records if record.status == "done" for row in _rows(record)])
 
 
 def _rows(record: Record) -> list[dict[str, Any]]:

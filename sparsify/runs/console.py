@@ -161,7 +161,7 @@ def duration(seconds: float) -> str:
 
 
 def cell_started(config: Config, key: str) -> None:
-    """The headline of a cell, once its data is ready."""
+    """The headline of a cell, once its model is ready."""
     label = escape(labels.describe(config))
     say(f"[bold]{_place(config)}{label}[/] [dim]({config['scale']} scale, {key})[/]")
 

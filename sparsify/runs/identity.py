@@ -81,7 +81,9 @@ def evaluations(config: Config) -> dict[str, Config]:
     """
     suite = config["eval"]
     nodes = {str(name): node for name, node in suite.items() if isinstance(node, Mapping) and name != "harness"}
-    return nodes | {str(task): {**suite["harness"], "task": str(task)} for task in suite.get("tasks") or ()}
+    tasks = suite.get("tasks") or ()
+    tasks = tasks.split(",") if isinstance(tasks, str) else tasks  # eval.tasks=boolq, as the harness' own --tasks
+    return nodes | {str(task): {**suite["harness"], "task": str(task)} for task in tasks}
 
 
 def evaluation_keys(config: Config) -> dict[str, str]:
@@ -110,7 +112,9 @@ def _canonical(tree: Any) -> Any:
         return {key: _canonical(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return [_canonical(value) for value in tree]
-    return float(tree) if isinstance(tree, int) and not isinstance(tree, bool) else tree
+    if isinstance(tree, bool) or not isinstance(tree, int | float):
+        return tree
+    return float(f"{tree:.12g}")  # 0.7 is what a range means by 0.7000000000000001
 
 
 def _identity(node: Any, model: Config) -> Any:
@@ -126,7 +130,7 @@ def _identity(node: Any, model: Config) -> Any:
         if key not in registry.RESERVED and not (key in since and _canonical(since[key]) == _canonical(value))
     }
     if "_target_" in node:
-        tree["_target_"] = registry.identify(node["_target_"])
+        tree["_target_"] = registry.identify(node["_target_"])  # a name; of old components the one in `former_paths`
     if "text" in node and "split" in node:
         tree["text"] = _text_identity(node, model)
     return tree | {name: registry.located(function)(node) for name, function in node.get("_reads_", {}).items()}

@@ -55,7 +55,7 @@ class Record:
 
     Attributes:
         key: of the run.
-        status: `running` until every evaluation asked for is there.
+        status: `running` until every evaluation asked for has been tried; `failed` if nothing is there.
         science: what the key is a hash of.
         execution: commit, versions, device, time, command: nothing of it is part of the key.
         sparsity: counted zeros over all prunable weights.

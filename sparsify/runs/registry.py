@@ -209,6 +209,15 @@ def published(path: str, default: Any, *, _root_: DictConfig) -> Any:
 OmegaConf.register_new_resolver("published", published, replace=True)
 
 
+def leaf_of(source: str) -> str:
+    """What a model is called: a folder by its own name, a hub id by itself."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.is_dir() else source
+
+
+OmegaConf.register_new_resolver("leaf_of", leaf_of, replace=True)
+
+
 def located(function: str) -> Any:
     """The function of that import path."""
     module, _, name = function.rpartition(".")

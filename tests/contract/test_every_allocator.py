@@ -9,7 +9,7 @@ import torch
 from sparsify.allocators.base import Allocator, allocate
 from sparsify.allocators.context import Context
 from sparsify.data.inputs import as_inputs
-from sparsify.methods.base import Job
+from sparsify.methods.job import Job
 from sparsify.model.blocks import BlockView
 from sparsify.model.objective import NextToken
 from sparsify.pruners.wanda import Wanda

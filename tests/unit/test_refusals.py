@@ -95,7 +95,11 @@ def test_weights_that_are_written_anew_at_every_forward_are_found(make_model):
     model = make_model()
     layer = model.model.layers[1].mlp.down_proj
     dense = layer.weight.clone()
-    layer.register_forward_pre_hook(lambda module, _args: module.weight.data.copy_(dense))
+
+    def anew(module, _args):
+        module.weight.data.copy_(dense)
+
+    layer.register_forward_pre_hook(anew)
     before = weights(model)
     with pytest.raises(NumericsError, match=r"layers\.1\.mlp\.down_proj.*no longer zero.*hooks"):
         sparsify.prune(model, TOKENS, sparsity=0.5)
