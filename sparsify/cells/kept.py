@@ -31,7 +31,7 @@ def reloaded(cell: Cell, bench: Bench, clock: Clock) -> Record | None:
     """Make the dense model the one that was kept, instead of pruning again; None where none was.
 
     Returns:
-        The record, with those of its evaluations that are still what the cell means by their names.
+        The record, with the evaluations that it has.
     """
     old, folder = cell.store.read(cell.key), cell.folder
     if old is None or old.kept is None or not intact(folder, old.kept):

@@ -46,30 +46,32 @@ def of_pruning(cell: Cell, bench: Bench, calibration: Inputs, result: PruneResul
 
 
 def with_earlier(record: Record, cell: Cell, old: Record | None) -> Record:
-    """The record with the evaluations of an earlier run of this cell: those still meant by their name stay.
+    """The record with all evaluations of an earlier run of this cell, until others take their place.
 
-    Those of other settings are superseded; a setting that comes back (no limit after a limited look) finds its old
-    result among them.
+    A setting that comes back (no limit after a limited look) finds its old result among those that were superseded.
     """
     if old is None:
         return record
-    keys = cell.evaluation_keys
-    valid = {name: item for name, item in old.evaluations.items() if keys.get(name, item.key) == item.key}
-    gone = [Superseded(name, item) for name, item in old.evaluations.items() if name not in valid] + old.superseded
-    superseded = []
-    for item in gone:
-        if item.name not in valid and keys.get(item.name) == item.evaluation.key:
-            valid[item.name] = item.evaluation
-        else:
-            superseded.append(item)
-    took = {name: old.seconds[name] for name in valid if name in old.seconds}
-    return replace(record, evaluations=valid, superseded=superseded, seconds=took | record.seconds)
+    took = {name: old.seconds[name] for name in old.evaluations if name in old.seconds}
+    seconds = took | record.seconds
+    record = replace(record, evaluations=dict(old.evaluations), superseded=list(old.superseded), seconds=seconds)
+    for item in old.superseded:
+        if cell.evaluation_keys.get(item.name) == item.evaluation.key:
+            record = replace(record, superseded=[other for other in record.superseded if other is not item])
+            record = with_evaluation(record, item.name, item.evaluation, seconds)
+    return record
 
 
 def with_evaluation(record: Record, name: str, evaluation: Recorded, seconds: dict[str, float]) -> Record:
-    """The record with one evaluation more, and what every step took so far."""
-    evaluations = {**record.evaluations, name: evaluation}
-    return replace(record, evaluations=evaluations, seconds=record.seconds | seconds)
+    """The record with one evaluation more, and what every step took so far; it supersedes one of other settings."""
+    before = record.evaluations.get(name)
+    gone = [Superseded(name, before)] if before is not None and before.key != evaluation.key else []
+    return replace(
+        record,
+        evaluations={**record.evaluations, name: evaluation},
+        superseded=record.superseded + gone,
+        seconds=record.seconds | seconds,
+    )
 
 
 @contextmanager

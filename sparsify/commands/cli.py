@@ -242,8 +242,13 @@ def understood(arguments: list[str]) -> list[str]:
 
 
 def _refuse_registration(argument: str) -> None:
-    """What a YAML says of its component (`_target_`, `_since_`, `version`) is not for the command line."""
+    """What a YAML says of its component (`_target_`, `_since_`, `version`), or where it lies, is not for a command."""
     key, _, value = argument.partition("=")
+    if "_target_" in argument and key.lstrip("+~").startswith("hydra"):  # built by Hydra itself, whatever it names
+        raise UsageError("Hydra's own parts are chosen by name", got=argument, fix="hydra/launcher=<name>")
+    group = key.lstrip("+~").partition("@")[0]
+    if (".." in value or value.startswith("/")) and group != "model" and (paths.configs() / group).is_dir():
+        raise registry.unknown(group, value)
     owner, _, last = key.lstrip("+~").rpartition(".")
     if last == "version" and owner:
         raise registry.refused_version(key.lstrip("+~"), value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -171,6 +172,8 @@ def cell_finished(config: Config, record: Record, path: Path, fresh: bool) -> No
     took = f"in {duration(sum(record.seconds.values()))}" if fresh else "already done"
     numbers = ", ".join(_summary(record))
     say(f"  sparsity {record.sparsity:.4f}, {numbers}, {took}{_eta(config)}")
+    if record.skipped:
+        say(f"  not pruned: {_skipped(record)}")
     for trial in record.trials:
         say("  tried " + ", ".join(f"{name} {_number(value)}" for name, value in trial.items()))
     if _alone(config):
@@ -191,6 +194,18 @@ def _summary(record: Record) -> Iterator[str]:
     for limit, values in tasks.items():
         tasks_counted = counted(len(values), "task") + (f", first {limit} of each" if limit else "")
         yield f"accuracy {sum(values) / len(values):.2%} ({tasks_counted})"
+
+
+def _skipped(record: Record) -> str:
+    """`30 routers (0.2% of the blocks' matrices)`, by reason."""
+    sizes: dict[str, list[int]] = {}
+    for row in record.skipped:
+        sizes.setdefault(row["reason"], []).append(math.prod(row["shape"]))
+    whole = sum(row["numel"] for row in record.layers) + sum(sum(numels) for numels in sizes.values())
+    return ", ".join(
+        f"{counted(len(numels), reason)} ({sum(numels) / whole:.1%} of the blocks' matrices)"
+        for reason, numels in sizes.items()
+    )
 
 
 def _number(value: float | None) -> str:

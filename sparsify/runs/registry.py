@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -113,7 +115,8 @@ def name_of(group: str, node: Mapping[str, Any]) -> str:
 
 def has(group: str, name: str) -> bool:
     """Whether a group has an option of that name."""
-    return (paths.configs() / group / f"{name}.yaml").is_file()
+    inside = ".." not in name and not name.startswith("/")
+    return inside and (paths.configs() / group / f"{name}.yaml").is_file()
 
 
 def find(group: str, name: str) -> Path:
@@ -224,6 +227,31 @@ def located(function: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def _refuse_foreign(node: Any) -> None:
+    """Let a config build components and nothing else: a `_target_` may name anything that can be imported.
+
+    Raises:
+        UsageError: a class of another package (those that `SPARSIFY_COMPONENTS` lists are one's own), or no class.
+    """
+    for inner in node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ():
+        _refuse_foreign(inner)
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        return
+    own = ("sparsify", *filter(None, os.environ.get("SPARSIFY_COMPONENTS", "").split(",")))
+    target = str(node["_target_"])
+    found = None
+    if target.split(".")[0] in own:
+        with suppress(ImportError, AttributeError):
+            found = located(target)
+    if not isinstance(found, type) or found.__module__.split(".")[0] not in own:
+        raise UsageError(
+            "Only components are built from configs",
+            got=f"_target_: {target}",
+            allowed=f"classes of {', '.join(own)}",
+            fix="SPARSIFY_COMPONENTS=<your package> in the environment, for components of your own",
+        )
+
+
 def check(node: Any, sparsity: float, num_blocks: int) -> None:
     """Let a component and all components inside it refuse, by their `_check_`, what no weights could make possible.
 
@@ -246,6 +274,7 @@ def make(config: Any) -> Any:
     node: Any = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
     if missing := [key for key, value in node.items() if value == "???"]:
         raise UsageError(f"{missing[0]} must be given", got=name_of("", node), fix=f"{missing[0]}=<value>")
+    _refuse_foreign(node)
     try:
         component = instantiate(_without_reserved(node), _convert_="all")
     except InstantiationException as error:

@@ -241,3 +241,42 @@ def test_a_full_disk_refuses_a_lease_and_leaves_none(store, monkeypatch):
     with pytest.raises(RecordError), store.lease(KEY):
         pass
     assert files_of(store) == []
+
+
+def test_a_lease_without_hard_links(store, monkeypatch):
+    def no_links(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(leases.os, "link", no_links)
+    with store.lease(KEY):
+        assert store.holder(KEY).endswith(f":{os.getpid()}")
+        with pytest.raises(RecordError, match="being worked on"), store.lease(KEY):
+            pass
+    assert files_of(store) == []
+
+
+def test_a_lease_that_is_being_written_is_a_living_one(store):
+    file = store.folder(KEY) / "lease"
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    assert store.holder(KEY) is not None
+    os.utime(file, (1, 1))
+    assert store.holder(KEY) is None
+
+
+def test_a_lease_from_the_future_is_a_dead_one(store, lease_of):
+    file = lease_of(host="elsewhere", pid=1)
+    later = file.stat().st_mtime + 10_000
+    os.utime(file, (later, later))
+    assert store.holder(KEY) is None
+
+
+def test_what_killed_writers_left_is_swept(store):
+    folder = store.folder(KEY)
+    folder.mkdir(parents=True)
+    for name in (".record.json.4711", ".weights.safetensors.4711", ".lease.host.4711"):
+        (folder / name).write_text("half")
+        os.utime(folder / name, (1, 1))
+    (folder / ".record.json.4712").write_text("just now")
+    with store.lease(KEY):
+        assert files_of(store) == [".record.json.4712", "lease"]
