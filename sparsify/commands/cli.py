@@ -93,10 +93,14 @@ def command(usage: str, run: Callable[[str | None, list[str]], int], arguments: 
         return exit_code(error)
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
 def interrupted() -> int:
-    """What Ctrl-C ends with: a line, and the exit code that shells expect."""
+    """What Ctrl-C ends with: a line."""
     console.say("  stopped; finished cells are kept, the same command goes on")
-    return 130
+    return INTERRUPTED
 
 
 def exit_code(error: Exception) -> int:

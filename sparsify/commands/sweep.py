@@ -8,12 +8,15 @@ Also the filters that any `python -m sparsify -m ...` puts in front of its launc
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from hydra_filter_sweeper import AbstractFilter
 from omegaconf import DictConfig, OmegaConf
 
 from sparsify.commands import cli, plan
+from sparsify.commands.cli import INTERRUPTED
 from sparsify.runs import console, identity, planning
+from sparsify.runs.planning import Part
 
 USAGE = """python -m sparsify.sweep [table=NAME] [overrides]
 
@@ -70,8 +73,11 @@ class Illegal(_CellFilter):
         return "outside the allocator's bounds"
 
 
+POLL_SECONDS = 5.0
+
+
 def run(table: str | None, overrides: list[str]) -> int:
-    """Run what is missing; the exit code of the worst part.
+    """Run what is missing, wait for what others work on, take over what they leave; the exit code of the worst part.
 
     Args:
         table: a name under `configs/table`, or None for the one sweep of the overrides.
@@ -79,6 +85,30 @@ def run(table: str | None, overrides: list[str]) -> int:
     """
     parts = planning.parts_of(table, overrides)
     plan.show(parts, table)
+    code, tried, waiting = 0, set[str](), 0
+    while code != INTERRUPTED:
+        missing = {cell.key for part in parts for cell in part.missing}
+        held = sum(cell.state == "running" for part in parts for cell in part.cells)
+        if missing - tried:
+            tried |= missing
+            code = max(code, _launch(parts))
+        elif held:
+            if held != waiting:
+                console.say(f"waiting for {console.counted(held, 'cell')} that other processes work on")
+            waiting = held
+            time.sleep(POLL_SECONDS)
+        else:
+            break
+        parts = planning.parts_of(table, overrides)
+    if left := sum(len(part.missing) for part in parts):
+        # Also true where a launcher ran the cells elsewhere and only their records tell.
+        where = f"table={table}" if table else " ".join(overrides)
+        console.say(f"[red]{console.counted(left, 'cell')} not finished[/]; see: python -m sparsify.plan {where}")
+        code = max(code, 1)
+    return code
+
+
+def _launch(parts: Sequence[Part]) -> int:
     total = sum(len(part.missing) for part in parts)
     code, first, started = 0, 0, time.time()
     for part in parts:
@@ -86,10 +116,8 @@ def run(table: str | None, overrides: list[str]) -> int:
             progress = [f"sweep.of={total}", f"sweep.first={first}", f"sweep.started={started}"]
             code = max(code, cli.launch(["-m", *part.overrides, *progress]))
             first += len(part.missing)
-    if total and any(part.missing for part in planning.parts_of(table, overrides)):
-        # Also true where a launcher ran the cells elsewhere and only their records tell.
-        console.say(f"[red]not all cells finished[/]; see: python -m sparsify.plan {f'table={table}' if table else ''}")
-        code = max(code, 1)
+        if code == INTERRUPTED:
+            break
     return code
 
 

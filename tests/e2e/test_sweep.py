@@ -1,0 +1,61 @@
+"""A sweep beside other processes: what they hold is waited for, what they leave is taken over."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from sparsify.commands import sweep
+from sparsify.runs import planning
+
+
+@pytest.fixture
+def asked(tiny, results):
+    return [*tiny, f"results={results}", "sparsity=0.3,0.5"]
+
+
+@pytest.fixture
+def held(asked):
+    """A cell of the sweep that another process holds, and that process."""
+    (part,) = planning.parts_of(None, asked)
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    folder = part.cells[0].config["results"]
+    lease = os.path.join(folder, "runs", part.cells[0].key, "lease")
+    os.makedirs(os.path.dirname(lease))
+    started = psutil.Process(other.pid).create_time()
+    with open(lease, "w") as file:
+        json.dump({"host": socket.gethostname(), "pid": other.pid, "started": started}, file)
+    yield other
+    other.kill()
+    other.wait()
+
+
+def test_a_cell_whose_holder_dies_is_taken_over(asked, held, monkeypatch, capsys):
+    def die(_seconds):
+        held.kill()
+        held.wait()
+
+    monkeypatch.setattr(sweep.time, "sleep", die)
+    assert sweep.run(None, asked) == 0
+    assert "waiting for 1 cell" in capsys.readouterr().out
+    (part,) = planning.parts_of(None, asked)
+    assert {cell.state for cell in part.cells} == {"done"}
+
+
+def test_cells_that_fail_are_tried_once_and_counted(asked, monkeypatch, capsys):
+    launched = []
+    monkeypatch.setattr(sweep.cli, "launch", lambda arguments: launched.append(arguments) or 0)
+    assert sweep.run(None, asked) == 1
+    assert len(launched) == 1
+    assert "2 cells not finished" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_the_sweep(asked, monkeypatch):
+    launched = []
+    monkeypatch.setattr(sweep.cli, "launch", lambda arguments: launched.append(arguments) or 130)
+    assert sweep.run("table1", [f"results={asked[-2].partition('=')[2]}"]) == 130
+    assert len(launched) == 1
