@@ -8,7 +8,7 @@ sparsify.perplexity(model, test_tokens)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,6 +62,7 @@ def windows(
     seqlen: int = 512,
     sampler: str = "document",
     text_column: str = "text",
+    bos: bool | Literal["auto"] = "auto",
     seed: int = 0,
 ) -> Tensor:
     """Token ids to calibrate or evaluate on, [n, seqlen].
@@ -73,6 +74,7 @@ def windows(
         n: windows; None for all (`joined` sampler only).
         seqlen: tokens per window.
         sampler: `document` (a random window of a random long document), `joined` or `random`, see `data.windows`.
+        bos: whether windows begin with a beginning-of-text token, see `data.windows`.
         text_column: of a text file of your own with rows (JSON, Parquet): the column that holds the text.
         seed: of the document sampler.
 
@@ -89,7 +91,7 @@ def windows(
     own = Path(corpus).expanduser()
     text = Corpus(own.stem, path=str(own), columns=(text_column,)) if own.is_file() else registry.build("data", corpus)
     chosen: Any = sampler
-    tokens: Tensor = Windows(text, split, seqlen, n, chosen).inputs(tokenizer, seed).tokens
+    tokens: Tensor = Windows(text, split, seqlen, n, chosen, bos=bos).inputs(tokenizer, seed).tokens
     return tokens
 
 

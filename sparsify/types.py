@@ -277,4 +277,10 @@ def check_sparsity(value: Any) -> float:
             allowed="0 <= sparsity < 1",
             fix=hint,
         )
-    return float(f"{number:.12g}")  # 0.7 is what a range means by 0.7000000000000001
+    return without_noise(number)
+
+
+def without_noise(number: float) -> float:
+    """0.7 for 0.7000000000000001, which is what steps of 0.2 from 0.3 add up to; other numbers as they are."""
+    short = float(f"{number:.12g}")
+    return short if abs(short - number) <= 4 * math.ulp(number) else number

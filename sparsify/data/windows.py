@@ -1,7 +1,7 @@
 """Windows of tokens for calibration and evaluation, taken from a text by a named, seeded sampler."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -33,6 +33,9 @@ class Windows:
             on `joined`.
         stride: `joined` keeps every stride-th window; `random` draws from one of this many equal parts of the text...
         offset: ...starting at this one; this part.
+        bos: whether a window begins with the beginning-of-text token: `true`, every one; `false`, none; `auto`, what
+            the tokenizer adds to a text, as the papers have it (the first of joined windows, if it adds any).
+            Models trained with one may need it: Gemma 3 270M's dense perplexity is 38.6 without and 19.3 with it.
     """
 
     text: Corpus
@@ -42,6 +45,7 @@ class Windows:
     sampler: Literal["joined", "document", "random"] = "joined"
     stride: int = 1
     offset: int = 0
+    bos: Literal["auto"] | bool = "auto"
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -52,6 +56,8 @@ class Windows:
                 got=f"seqlen={self.seqlen}, windows={self.windows}",
                 allowed="seqlen >= 2, windows >= 1 or null for all",
             )
+        if self.bos != "auto" and not isinstance(self.bos, bool):
+            raise UsageError("bos says who begins with a <bos> token", got=self.bos, allowed="auto, true, false")
         if self.stride < 1 or not 0 <= self.offset < self.stride:
             raise UsageError(
                 "Every stride-th window, from the offset",
@@ -62,6 +68,11 @@ class Windows:
             raise UsageError(
                 f"The {self.sampler} sampler draws a number of windows", got="windows=null", fix="windows=128"
             )
+
+    @property
+    def _special(self) -> bool:
+        """Whether the tokenizer adds its special tokens to a text."""
+        return self.bos == "auto"
 
     @property
     def protocol(self) -> str:
@@ -76,7 +87,8 @@ class Windows:
         skipped = f"/{self.stride}" + (f"+{self.offset}" if self.offset else "")
         every = skipped if self.sampler != "document" and self.stride > 1 else ""
         drawn = {"joined": "", "document": "-drawn", "random": "-random"}[self.sampler]
-        return f"{short}{split}@{self.seqlen}{count}{every}{drawn}"
+        begun = {"auto": "", True: "+bos", False: "-bos"}[self.bos]
+        return f"{short}{split}@{self.seqlen}{count}{every}{drawn}{begun}"
 
     def inputs(self, tokenizer: Any, seed: int) -> TokenInputs:
         """Tokenise and take windows; the same seed gives the same ones.
@@ -87,13 +99,26 @@ class Windows:
         if tokenizer is None:
             return self._noise(seed)
         documents = self.text.texts(self.split)
-        draw = {"joined": self._joined, "document": self._drawn, "random": self._placed}[self.sampler]
-        tokens = draw(documents, tokenizer, seed)
+        if self.bos is True:
+            tokens = self._begun(documents, tokenizer, seed)
+        else:
+            tokens = self._draw(documents, tokenizer, seed)
         return TokenInputs(tokens, self.split, self._provenance(tokens))
+
+    def _draw(self, documents: list[str], tokenizer: Any, seed: int) -> Int[Tensor, "n seq"]:
+        draw = {"joined": self._joined, "document": self._drawn, "random": self._placed}[self.sampler]
+        return draw(documents, tokenizer, seed)
+
+    def _begun(self, documents: list[str], tokenizer: Any, seed: int) -> Int[Tensor, "n seq"]:
+        """Windows one token shorter without any special token, and <bos> in front of each."""
+        if tokenizer.bos_token_id is None:
+            raise UsageError("This tokenizer has no <bos> token", got="bos=true", fix="bos=auto")
+        shorter = replace(self, seqlen=self.seqlen - 1, bos=False)._draw(documents, tokenizer, seed)
+        return torch.nn.functional.pad(shorter, (1, 0), value=tokenizer.bos_token_id)
 
     def _joined(self, documents: list[str], tokenizer: Any, seed: int) -> Int[Tensor, "n seq"]:
         enough = None if self.windows is None else 12 * self.seqlen * (self.offset + self.stride * self.windows)
-        ids = encode(tokenizer, "\n\n".join(_first(documents, enough)))
+        ids = encode(tokenizer, "\n\n".join(_first(documents, enough)), self._special)
         full = ids[: len(ids) // self.seqlen * self.seqlen].view(-1, self.seqlen)
         chosen = full[self.offset :: self.stride][: self.windows]
         if len(chosen) == 0 or (self.windows is not None and len(chosen) < self.windows):
@@ -106,7 +131,9 @@ class Windows:
         return chosen.clone()
 
     def _placed(self, documents: list[str], tokenizer: Any, seed: int) -> Int[Tensor, "n seq"]:
-        ids = encode(tokenizer, "\n\n".join(_first(documents, POOL)))  # the same text for every part
+        ids = encode(
+            tokenizer, "\n\n".join(_first(documents, POOL)), self.bos == "auto"
+        )  # the same text for every part
         part = ids.tensor_split(self.stride)[self.offset]
         if len(part) < self.seqlen:
             raise DataError(
@@ -127,7 +154,9 @@ class Windows:
         known: dict[int, Tensor] = {}  # a document may be drawn again and again; one file is one document
         for _ in range(200 * self.windows):
             drawn = rng.randint(0, len(documents) - 1)
-            ids = known[drawn] if drawn in known else known.setdefault(drawn, encode(tokenizer, documents[drawn]))
+            if drawn not in known:
+                known[drawn] = encode(tokenizer, documents[drawn], self._special)
+            ids = known[drawn]
             if len(ids) > self.seqlen:
                 start = rng.randint(0, len(ids) - self.seqlen - 1)
                 windows.append(ids[start : start + self.seqlen])
@@ -152,6 +181,7 @@ class Windows:
             "sampler": self.sampler,
             "windows": len(tokens),
             "seqlen": self.seqlen,
+            "bos": self.bos,
             "tokens_sha256": hash_tokens(tokens),
         }
 
@@ -166,7 +196,10 @@ def _first(documents: list[str], characters: int | None) -> list[str]:
     return documents
 
 
-def encode(tokenizer: Any, text: str) -> Int[Tensor, " n"]:
-    """Token ids with whatever beginning-of-text token the tokenizer adds, as the papers do."""
+def encode(tokenizer: Any, text: str, special: bool = True) -> Int[Tensor, " n"]:
+    """Token ids with whatever beginning-of-text token the tokenizer adds, as the papers do; or without."""
     # verbose=False: text longer than the model's context is what we cut windows from.
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+    return torch.tensor(
+        tokenizer(text, verbose=False, **({} if special else {"add_special_tokens": False}))["input_ids"],
+        dtype=torch.long,
+    )

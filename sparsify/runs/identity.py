@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sparsify import paths
 from sparsify.runs import content, registry
-from sparsify.types import Pattern, check_sparsity
+from sparsify.types import Pattern, check_sparsity, without_noise
 
 Config = Mapping[str, Any]
 """A composed config with everything resolved, as plain data."""
@@ -114,7 +114,7 @@ def _canonical(tree: Any) -> Any:
         return [_canonical(value) for value in tree]
     if isinstance(tree, bool) or not isinstance(tree, int | float):
         return tree
-    return float(f"{tree:.12g}")  # 0.7 is what a range means by 0.7000000000000001
+    return without_noise(float(tree))
 
 
 def _identity(node: Any, model: Config) -> Any:

@@ -14,8 +14,10 @@ from sparsify.errors import DataError, UsageError
 class Letters:
     """A tokenizer: a beginning-of-text 1, then one token per character."""
 
-    def __call__(self, text, verbose=True):
-        return {"input_ids": [1, *(ord(c) for c in text)]}
+    bos_token_id = 1
+
+    def __call__(self, text, verbose=True, add_special_tokens=True):
+        return {"input_ids": [*([1] if add_special_tokens else []), *(ord(c) for c in text)]}
 
 
 @pytest.fixture
@@ -204,3 +206,16 @@ def test_columns_of_a_row_make_a_document(tmp_path):
     )
     corpus = Corpus("rows", path=str(tmp_path / "rows.jsonl"), columns=("ask", "more", "answer"))
     assert corpus.texts("train") == ["why\nso", "b\nc\nd"]
+
+
+@pytest.mark.parametrize("sampler", ["joined", "document", "random"])
+def test_every_window_or_none_begins_with_bos(corpus, sampler):
+    size = {"seqlen": 8, "windows": 4, "sampler": sampler}
+    every, none, own = (cut(corpus, bos=bos, **size) for bos in (True, False, "auto"))
+    assert (every.tokens[:, 0] == 1).all()
+    assert every.tokens.shape == none.tokens.shape == own.tokens.shape == (4, 8)
+    assert not (every.tokens[:, 1:] == 1).any()
+    assert not (none.tokens == 1).any()
+    assert every.provenance["bos"] is True
+    tags = [Windows(corpus, "train", bos=bos, **size).protocol for bos in ("auto", True, False)]
+    assert [tag.removeprefix(tags[0]) for tag in tags] == ["", "+bos", "-bos"]
