@@ -149,7 +149,7 @@ def prune_model(
     for given in (calibration, heldout):
         if given is not None:
             check_readable(view.model, given)
-            check_causal(view.model, given)
+    check_causal(view.model, calibration)
     job = Job(
         view=view,
         pruner=recipe.pruner,

@@ -4,7 +4,6 @@ Tensors have their names of the model. A mask is `mask/<layer>`: one bit a weigh
 bit of its byte.
 """
 
-import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from sparsify.errors import RecordError, SparsifyError
 from sparsify.model.blocks import BlockView
 from sparsify.model.dense import DenseModel
 from sparsify.model.masks import Masks
+from sparsify.runs.content import sha256
 from sparsify.runs.record import Kept, Record
 
 FILE, MASK = "weights.safetensors", "mask/"
@@ -70,13 +70,13 @@ def save(folder: Path, view: BlockView, dense: DenseModel, masks: Masks) -> Kept
             got=f"{folder / FILE}: {error}",
             fix="free some space, set results=<other folder>, or leave out keep=true",
         ) from error
-    return Kept(FILE, _sha256(folder / FILE), (folder / FILE).stat().st_size)
+    return Kept(FILE, sha256(folder / FILE), (folder / FILE).stat().st_size)
 
 
 def intact(folder: Path, kept: Kept | None) -> bool:
     """Whether the file is there and is the one that the record means."""
     file = folder / kept.file if kept else None
-    return file is not None and kept is not None and file.is_file() and _sha256(file) == kept.sha256
+    return file is not None and kept is not None and file.is_file() and sha256(file) == kept.sha256
 
 
 @torch.no_grad()
@@ -103,8 +103,3 @@ def _write(there: dict[str, Tensor], name: str, tensor: Tensor, file: Path) -> N
     if name not in there or there[name].shape != tensor.shape:
         raise RecordError("Kept weights do not fit the model", got=f"{name} of {file}", fix=f"remove {file}")
     there[name].copy_(tensor)
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The command line around Hydra: any hub id as a model, and one clear paragraph for every mistake. No torch."""
+"""The command line around Hydra: one clear paragraph for every mistake. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsify import paths
+from sparsify.commands.overrides import understood
 from sparsify.errors import HeldError, SparsifyError, UnexpectedError, UsageError
 from sparsify.runs import console, identity, registry
 
@@ -232,90 +232,3 @@ def _known_keys() -> list[str]:
             top = group in ("config.yaml", "scale")
             keys |= {name if top else f"{group}.{name}" for name in names}
     return sorted(keys)
-
-
-def understood(arguments: list[str]) -> list[str]:
-    """Overrides as Hydra is to have them.
-
-    Raises:
-        UsageError: one of them would set what is no setting.
-    """
-    for argument in arguments:
-        _refuse_registration(argument)
-    return [quoted(argument) for argument in expand_model(arguments)]
-
-
-def _refuse_registration(argument: str) -> None:
-    """What a YAML says of its component (`_target_`, `_since_`, `version`), or where it lies, is not for a command."""
-    key, _, value = argument.partition("=")
-    if "_target_" in argument and key.lstrip("+~").startswith("hydra"):  # built by Hydra itself, whatever it names
-        raise UsageError("Hydra's own parts are chosen by name", got=argument, fix="hydra/launcher=<name>")
-    group = key.lstrip("+~").partition("@")[0]
-    if (".." in value or value.startswith("/")) and group != "model" and (paths.configs() / group).is_dir():
-        raise registry.unknown(group, value)
-    owner, _, last = key.lstrip("+~").rpartition(".")
-    if last == "version" and owner:
-        raise registry.refused_version(key.lstrip("+~"), value)
-    if re.fullmatch(r"_\w+_", last):
-        raise UsageError("Components are chosen by name", got=argument, fix=f"{owner or 'pruner'}=<name>")
-
-
-PATHS = ("model.id", "results", "allocator.file")
-"""Keys whose values are paths, as `calibration.text.path` is."""
-
-
-def quoted(argument: str) -> str:
-    """A path as Hydra is to read it: in quotes where its characters mean something in Hydra's grammar.
-
-    `a.txt,b.txt` stays a sweep over two paths, unless there is a file of that very name.
-    """
-    key, equals, value = argument.partition("=")
-    if not equals or not (key.lstrip("+") in PATHS or key.endswith((".path", ".file"))) or value[:1] in ("'", '"', ""):
-        return argument
-    values = [value] if Path(value).expanduser().exists() else value.split(",")
-    return f"{key}=" + ",".join(
-        part if re.fullmatch(r"[\w./*?:+-]+", part, re.ASCII) else _quote(part) for part in values
-    )
-
-
-def _quote(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
-
-
-def expand_model(arguments: list[str]) -> list[str]:
-    """Turn `model=org/name`, `model=./folder`, and sweeps over such, into the generic hub model; named models stay.
-
-    Raises:
-        UsageError: a sweep over named models and others at once.
-    """
-    expanded = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        values = [value] if Path(value).expanduser().is_dir() else value.split(",")
-        foreign = [_foreign(part) for part in values]
-        if key != "model" or not any(foreign):
-            expanded.append(argument)
-        elif not all(foreign):
-            named = ",".join(part for part in values if not _foreign(part))
-            others = ",".join(part for part in values if _foreign(part))
-            raise UsageError(
-                "A sweep is over named models or over ids and folders, not over both",
-                got=argument,
-                fix=f"model={named} and model={others}, one sweep each",
-            )
-        else:
-            expanded += ["model=hub", "model.id=" + ",".join(_quote(_absolute(part)) for part in values)]
-    return expanded
-
-
-def _absolute(source: str) -> str:
-    """A folder by its whole path, a hub id as it is."""
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.is_dir() else source
-
-
-def _foreign(value: str) -> bool:
-    if not value or value in registry.names("model") or value.startswith("shape/"):
-        return False
-    return Path(value).expanduser().is_dir() or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", value))

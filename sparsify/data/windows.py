@@ -131,9 +131,8 @@ class Windows:
         return chosen.clone()
 
     def _placed(self, documents: list[str], tokenizer: Any, seed: int) -> Int[Tensor, "n seq"]:
-        ids = encode(
-            tokenizer, "\n\n".join(_first(documents, POOL)), self.bos == "auto"
-        )  # the same text for every part
+        text = "\n\n".join(_first(documents, POOL))  # the same for every part
+        ids = encode(tokenizer, text, self._special)
         part = ids.tensor_split(self.stride)[self.offset]
         if len(part) < self.seqlen:
             raise DataError(
@@ -199,7 +198,5 @@ def _first(documents: list[str], characters: int | None) -> list[str]:
 def encode(tokenizer: Any, text: str, special: bool = True) -> Int[Tensor, " n"]:
     """Token ids with whatever beginning-of-text token the tokenizer adds, as the papers do; or without."""
     # verbose=False: text longer than the model's context is what we cut windows from.
-    return torch.tensor(
-        tokenizer(text, verbose=False, **({} if special else {"add_special_tokens": False}))["input_ids"],
-        dtype=torch.long,
-    )
+    options = {} if special else {"add_special_tokens": False}
+    return torch.tensor(tokenizer(text, verbose=False, **options)["input_ids"], dtype=torch.long)

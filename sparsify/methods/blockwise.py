@@ -22,6 +22,7 @@ from sparsify.model.walk import Walk
 from sparsify.progress import Progress, silent
 from sparsify.pruners.base import Pruner
 from sparsify.pruners.magnitude import Magnitude
+from sparsify.pruners.masks import SLAB
 from sparsify.types import SparsityPlan, Target
 
 Regime = Literal["propagated", "sequential", "dense"]
@@ -143,10 +144,6 @@ def _joined(stats: LayerStats, gradients: LayerStats | None) -> LayerStats:
     if gradients is None:
         return stats
     return LayerStats(stats.samples, {**stats.values, **gradients.values}, stats.memo, stats.seen)
-
-
-SLAB = 128
-"""Inputs within which counts are rounded at most (`pruners.masks`)."""
 
 
 def prune_layer(

@@ -31,10 +31,11 @@ class BlockView:
 
     def __init__(self, model: nn.Module, part: str | None = None) -> None:
         self.model = model
-        _refuse_encoder_decoder(model)
+        config = getattr(model, "config", None)
+        refuse_encoder_decoder(getattr(config, "is_encoder_decoder", False), type(model).__name__)
         prefix, blocks = _find_blocks(model, part)
         self.blocks = list(blocks)
-        experts = num_experts(getattr(model, "config", None))
+        experts = num_experts(config)
         found = [prunable(block, i, f"{prefix}.{i}", experts) for i, block in enumerate(self.blocks)]
         self.layers = [layer for layers, _ in found for layer in layers]
         self.skipped = [matrix for _, skipped in found for matrix in skipped]
@@ -97,11 +98,16 @@ class BlockView:
                 )
 
 
-def _refuse_encoder_decoder(model: nn.Module) -> None:
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+def refuse_encoder_decoder(is_one: bool, name: str) -> None:
+    """Refuse a model of two parts of which the second reads the first.
+
+    Raises:
+        UnsupportedModelError: it is one.
+    """
+    if is_one:
         raise UnsupportedModelError(
             "An encoder-decoder is not pruned: its decoder's blocks read a second sequence",
-            got=type(model).__name__,
+            got=name,
             allowed="decoder language models",
         )
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -52,8 +51,3 @@ def one_by_one(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         setter(before)
-
-
-def unseen(layer: Layer, device: torch.device) -> Tensor:
-    """No tokens, in the width of a layer's input."""
-    return torch.zeros(0, layer.spec.in_features, device=device)

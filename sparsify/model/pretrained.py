@@ -4,7 +4,6 @@ A weight that the files lack is drawn at random, one that the model lacks is dro
 be run: none of that may end in a number.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import nn
 
 from sparsify import paths
 from sparsify.errors import DataError, UnsupportedModelError
+from sparsify.model.blocks import refuse_encoder_decoder
 
 WRAPPERS = ("_orig_mod.", "module.", "model.", "base_model.model.", "_forward_module.", "transformer.")
 """Prefixes that torch.compile, data parallelism and adapters leave in the names of a checkpoint."""
@@ -93,12 +93,7 @@ def refuse_config(config: Mapping[str, Any]) -> None:
             allowed="weights in float32, float16 or bfloat16",
             fix="the checkpoint that it was quantised from; prune first, quantise after",
         )
-    if config.get("is_encoder_decoder"):
-        raise UnsupportedModelError(
-            "An encoder-decoder is not pruned: its decoder's blocks read a second sequence",
-            got=name,
-            allowed="decoder language models",
-        )
+    refuse_encoder_decoder(bool(config.get("is_encoder_decoder")), name)
     if "AutoModelForCausalLM" in (config.get("auto_map") or {}) and not _known(config.get("model_type")):
         raise UnsupportedModelError(
             "Models that bring code of their own are not supported, and the code is not run",
@@ -168,8 +163,6 @@ def first_line(error: Any) -> str:
     """What an exception or a list of messages says first; its name where it says nothing."""
     text = str(error[0] if isinstance(error, list) and error else error).strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {lines[0]}"
     return lines[0] if lines else type(error).__name__
 
 

@@ -5,10 +5,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsify.errors import UnsupportedModelError
-from sparsify.model.experts import Routed, unseen
+from sparsify.model.experts import Routed
 from sparsify.model.prunable import Layer
 from sparsify.model.statistics import Accumulator, LayerStats, Needs, reading
 
@@ -129,7 +130,7 @@ class Taps:
                 fix="pruner=magnitude, which reads no inputs",
             )
         sums = Accumulator(self.needs)
-        sums.fold(unseen(layer, layer.weight.device), 1)
+        sums.fold(torch.zeros(0, layer.spec.in_features, device=layer.weight.device), 1)  # no tokens
         return replace(sums.finalise(0), seen=False)
 
 

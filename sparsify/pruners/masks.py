@@ -12,6 +12,8 @@ from sparsify.types import Target
 
 Group = Literal["row", "matrix", "columns"]
 """Weights that compete with each other: one output row, the whole matrix, or a slab of 128 input columns."""
+SLAB = 128
+"""Input columns of a slab, as in the released SparseGPT."""
 
 
 def num_zeros(count: int, sparsity: float) -> int:
@@ -20,7 +22,7 @@ def num_zeros(count: int, sparsity: float) -> int:
 
 
 def keep_mask(
-    scores: Float[Tensor, "out inp"], target: Target, group: Group = "row", columns: int = 128
+    scores: Float[Tensor, "out inp"], target: Target, group: Group = "row", columns: int = SLAB
 ) -> Bool[Tensor, "out inp"]:
     """Mask of the weights to keep: the highest scores of each comparison group, exactly as many as asked.
 

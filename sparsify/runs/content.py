@@ -28,15 +28,20 @@ def folder_hash(folder: Path) -> str:
 
 
 def file_hash(file: Path) -> str:
-    """SHA-256 of a file's content."""
+    """`sha256`, remembered while the file is the same one."""
     mark = _mark(file)
     if mark not in _known:
         _known.update(_read_cache())
     if mark not in _known:
-        with open(file, "rb") as handle:
-            _known[mark] = hashlib.file_digest(handle, "sha256").hexdigest()
+        _known[mark] = sha256(file)
         _write_cache()
     return _known[mark]
+
+
+def sha256(file: Path) -> str:
+    """Of a file's content, read now."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _mark(file: Path) -> str:

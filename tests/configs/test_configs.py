@@ -9,7 +9,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
 from sparsify import paths
-from sparsify.commands import cli
+from sparsify.commands.overrides import expand_model
 from sparsify.runs import planning, registry
 
 ROOT = paths.configs().parent
@@ -120,7 +120,7 @@ def test_a_file_starts_with_a_command_that_runs(file):
     assert commands or makes
     for command in commands:
         words = [word for word in command.split() if "=" in word and not word.startswith("table=")]
-        assert jobs_of(*cli.expand_model(words))
+        assert jobs_of(*expand_model(words))
     for target, _ in makes:
         assert re.search(
             rf"^(?:(?:TABLES|CHECKS) := .*\b{target}\b|{target}:)", (ROOT / "Makefile").read_text(), re.MULTILINE

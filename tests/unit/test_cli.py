@@ -3,12 +3,13 @@
 import pytest
 
 from sparsify.commands import cli
+from sparsify.commands.overrides import understood
 from sparsify.errors import UsageError
 from sparsify.runs import identity, menu, registry
 
 
 @pytest.mark.parametrize(
-    ("typed", "understood"),
+    ("typed", "read"),
     [
         ("calibration.text.path=my.txt", "calibration.text.path=my.txt"),
         ("calibration.text.path=lang=en.txt", "calibration.text.path='lang=en.txt'"),
@@ -21,27 +22,27 @@ from sparsify.runs import identity, menu, registry
         ("sparsity=0.5,0.7", "sparsity=0.5,0.7"),
     ],
 )
-def test_paths_need_no_quotes(typed, understood):
-    assert cli.understood([typed]) == [understood]
+def test_paths_need_no_quotes(typed, read):
+    assert understood([typed]) == [read]
 
 
 def test_a_file_with_a_comma_is_one_file(tmp_path):
     file = tmp_path / "a,b.txt"
     file.write_text("text")
-    assert cli.understood([f"test.text.path={file}"]) == [f"test.text.path='{file}'"]
+    assert understood([f"test.text.path={file}"]) == [f"test.text.path='{file}'"]
 
 
 def test_folders_and_ids_are_models_one_or_many(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "o'brien").mkdir()
-    assert cli.understood(["model=org/name"]) == ["model=hub", "model.id='org/name'"]
-    _, ids = cli.understood([f"model={tmp_path}/one,{tmp_path}/o'brien,org/name"])
+    assert understood(["model=org/name"]) == ["model=hub", "model.id='org/name'"]
+    _, ids = understood([f"model={tmp_path}/one,{tmp_path}/o'brien,org/name"])
     config = menu.compose(["model=hub", f"model.id='{tmp_path}/one'"])
     assert ids.count(",") == 2
     assert config["model"]["name"] == "one"
     assert menu.compose(["model=hub", "model.id='org/name'"])["model"]["name"] == "org/name"
     with pytest.raises(UsageError, match=r"model=smollm2-135m and model=org/name, one sweep each"):
-        cli.understood(["model=smollm2-135m,org/name"])
+        understood(["model=smollm2-135m,org/name"])
 
 
 def test_noise_in_a_float_is_no_other_cell():
@@ -75,7 +76,7 @@ def test_components_of_ones_own_are_asked_for_by_a_setting(monkeypatch):
 )
 def test_nothing_outside_the_menu_is_loaded(argument):
     with pytest.raises(UsageError):
-        cli.understood([argument])
+        understood([argument])
 
 
 def test_ctrl_c_ends_in_a_line(monkeypatch, capsys):
