@@ -73,6 +73,10 @@ class RecordError(SparsifyError):
     """A record cannot be read or written, or another process holds the cell."""
 
 
+class DamagedError(RecordError):
+    """A file holds no record, whatever happened to it: set aside by the next process that works on the cell."""
+
+
 class HeldError(RecordError):
     """Another living process works on the cell; a sweep goes on without it."""
 

@@ -26,9 +26,23 @@ def assets() -> Path:
     return Path(os.environ.get("SPARSIFY_ASSETS", root() / "assets"))
 
 
+def caches() -> list[Path]:
+    """Where converted weights and rows may lie: SPARSIFY_CACHE alone, or beside the assets and in the user's own."""
+    if own := os.environ.get("SPARSIFY_CACHE"):
+        return [Path(own)]
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [assets() / "cache", users / "sparsify"]
+
+
 def cache() -> Path:
-    """Converted checkpoints."""
-    return Path(os.environ.get("SPARSIFY_CACHE", assets() / "cache"))
+    """Where they are written: the first place that can be, as the assets may be another user's."""
+    return next((place for place in caches() if _writable(place)), caches()[0])
+
+
+def _writable(folder: Path) -> bool:
+    """Whether the folder, or the nearest one above it that exists, can be written to."""
+    there = next((place for place in (folder, *folder.absolute().parents) if place.is_dir()), None)
+    return there is not None and os.access(there, os.W_OK | os.X_OK)
 
 
 def data() -> Path | None:

@@ -37,6 +37,7 @@ def _run(cell: Cell, clock: Clock) -> None:
     written = kept.reloaded(cell, bench, clock)
     if written is None:
         calibration, heldout = calibrate(cell, bench)
+        evaluating.check(cell, bench.subject(cell))
         result = prune(cell, bench, calibration, heldout, clock)
         written = record(cell, bench, calibration, result, clock)
     evaluate(cell, bench, written, clock)

@@ -39,6 +39,16 @@ def load_each(tree: Any, where: str) -> dict[str, Mapping[str, Any]]:
     return loaded
 
 
+def load_list(tree: Any, where: str) -> list[Mapping[str, Any]]:
+    """Mappings in a row.
+
+    Raises:
+        UsageError: something else.
+    """
+    loaded: list[Mapping[str, Any]] = _load(list[dict[str, Any]], tree, where)
+    return loaded
+
+
 def _load(kind: Any, tree: Any, where: str) -> Any:
     origin = get_origin(kind)
     if kind is Any:

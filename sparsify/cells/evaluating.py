@@ -11,6 +11,22 @@ from sparsify.runs.record import Record, Recorded
 from sparsify.types import Evaluation
 
 
+def check(cell: Cell, subject: Subject) -> None:
+    """Refuse, before the model is pruned, what could not be measured after it.
+
+    Raises:
+        Exception: what an evaluation lacks, or a summary of several.
+    """
+    lacking = dict[str, Exception]()
+    for name, evaluator in cell.evaluators.items():
+        try:
+            evaluator.check(subject)
+        except Exception as error:
+            lacking[name] = error
+    if lacking:
+        raise recording.one_error(lacking)
+
+
 def evaluate(cell: Cell, subject: Subject, record: Record, clock: Clock) -> Record:
     """The record with every evaluation of the cell that it did not have yet.
 

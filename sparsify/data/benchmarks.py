@@ -7,7 +7,9 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -160,14 +162,20 @@ def _provenance(task: str, data: Path | None, assets: Path) -> dict[str, str]:
     place, files = found
     digest = hashlib.sha256()
     for split, file in files.items():
-        digest.update(f"{split}\n".encode() + gzip.decompress(file.read_bytes()))
+        with _reading(file):
+            digest.update(f"{split}\n".encode() + gzip.decompress(file.read_bytes()))
     return {"source": place, "sha256": digest.hexdigest()}
 
 
 def rows(task: str) -> dict[str, list[Row]] | None:
     """The rows by split, in the layout of the hub data set; None where only the hub can have them."""
     found = _local(task)
-    return found and {split: list(_json_lines(file)) for split, file in found[1].items()}
+    return found and {split: _rows_of(file) for split, file in found[1].items()}
+
+
+def _rows_of(file: Path) -> list[Row]:
+    with _reading(file):
+        return list(_json_lines(file))
 
 
 def nowhere(task: str) -> DataError:
@@ -204,21 +212,69 @@ def _local(task: str) -> tuple[str, dict[str, Path]] | None:
 def _converted(task: str, split: str, sources: list[Path]) -> Path:
     """The rows of the package's files as JSON lines, made once per content."""
     digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in sources)).hexdigest()
-    file = paths.cache() / "zeroshot" / task / f"{split}-{digest[:12]}.jsonl.gz"
-    if not file.is_file():
-        row = find(task).row
-        found = _arrow_rows(sources) if row is None else (row(document) for document in _documents(sources))
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
-        _write_once(file, gzip.compress(text.encode(), mtime=0))
-    return file
+    name = f"zeroshot/{task}/{split}-{digest[:12]}.jsonl.gz"
+    if whole := next((file for place in paths.caches() if _is_whole(file := place / name)), None):
+        return whole
+    row = find(task).row
+    with _reading(*sources):
+        found = list(_arrow_rows(sources)) if row is None else [row(document) for document in _documents(sources)]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
+    return _write_once(paths.cache() / name, gzip.compress(text.encode(), mtime=0))
 
 
-def _write_once(file: Path, content: bytes) -> None:
-    """Two processes may convert at once: each writes a whole file, and both are the same."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+def _is_whole(file: Path) -> bool:
+    """Whether a converted file is there and has its checksum; one that is cut short is made again."""
+    try:
+        state = file.stat()
+    except OSError:
+        return False
+    return _has_checksum(file, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _has_checksum(file: Path, size: int, changed: int) -> bool:
+    """Looked at once for as long as size and time stay the same."""
+    try:
+        gzip.decompress(file.read_bytes())
+    except (OSError, EOFError, zlib.error):
+        return False
+    return True
+
+
+def _write_once(file: Path, content: bytes) -> Path:
+    """Two processes may convert at once: each writes a whole file, and both are the same.
+
+    Raises:
+        DataError: it cannot be written.
+    """
     part = file.with_name(f"{file.name}.{os.getpid()}")
-    part.write_bytes(content)
-    part.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        return part.replace(file)
+    except OSError as error:
+        raise DataError(
+            "The rows of a task could not be written",
+            got=error,
+            fix="free some space, or point SPARSIFY_CACHE at a folder that can be written",
+        ) from error
+
+
+@contextmanager
+def _reading(*files: Path) -> Iterator[None]:
+    """What goes wrong inside is a matter of these files.
+
+    Raises:
+        DataError: with their names.
+    """
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            "The rows of a task cannot be read",
+            got=f"{', '.join(map(str, files))}: {type(error).__name__}: {error}",
+            fix=f"copy or download {'it' if len(files) == 1 else 'them'} again (make setup for those in assets)",
+        ) from error
 
 
 def _documents(sources: Iterable[Path]) -> Iterator[Row]:

@@ -43,6 +43,10 @@ class AbsorptionCurves:
         check_whole("seeds", self.seeds)
         check_whole("followed", self.followed)
 
+    def check(self, subject: Subject) -> None:
+        """The text is there, and the model can read its windows."""
+        subject.check(self.windows)
+
     def evaluate(self, subject: Subject) -> Evaluation:
         """`r` (value: geometric mean over all blocks but the last); `more` has the other coefficients by block, how
         large the disturbance is where it is put in (`size`), how it falls, and the drift and the turn (1 - cosine) of

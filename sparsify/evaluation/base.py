@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sparsify.data.inputs import Inputs
 from sparsify.data.windows import Windows
 from sparsify.model.blocks import BlockView
+from sparsify.model.limits import check_readable
 from sparsify.progress import Progress, silent
 from sparsify.types import Evaluation
 
@@ -37,6 +38,15 @@ class Subject:
     def model(self) -> nn.Module:
         return self.view.model
 
+    def check(self, windows: Windows) -> None:
+        """Make the inputs of a spec, which later calls get, and refuse what the model cannot read.
+
+        Raises:
+            DataError: the text is nowhere or too short.
+            UsageError: windows longer than the model's positions, or token ids without an embedding.
+        """
+        check_readable(self.model, self.inputs(windows))
+
 
 @runtime_checkable
 class Evaluator(Protocol):
@@ -48,6 +58,12 @@ class Evaluator(Protocol):
 
     @property
     def version(self) -> int: ...
+
+    def check(self, subject: Subject) -> None:
+        """Raise before the model is pruned what `evaluate` would raise for want of something: text, rows, a tokenizer.
+
+        What is made for that is kept, not made twice.
+        """
 
     def evaluate(self, subject: Subject) -> Evaluation:
         """A number with its protocol, and what else is worth keeping."""

@@ -24,6 +24,10 @@ class ErrorGrowth:
     windows: Windows
     version: int = 1
 
+    def check(self, subject: Subject) -> None:
+        """The text is there, and the model can read its windows."""
+        subject.check(self.windows)
+
     def evaluate(self, subject: Subject) -> Evaluation:
         """`relative_error`, and under `more` the other curves; values are those of the last block."""
         inputs = subject.inputs(self.windows)

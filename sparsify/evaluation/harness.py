@@ -79,6 +79,16 @@ class Suite:
     batches: WeakKeyDictionary[Any, dict[Any, list[Batch]]] = field(default_factory=WeakKeyDictionary)
 
 
+def load(task: str, shots: int, limit: int | None) -> Suite:
+    """Rows and templates of a task, read once per process.
+
+    Raises:
+        DataError: the rows are nowhere to be found.
+    """
+    with _quiet():
+        return _suite(task, shots, limit, tuple(benchmarks.fingerprint(task).values()))
+
+
 def scores(task: str, shots: int, limit: int | None, subject: Subject) -> list[Scores]:
     """The harness' metrics for a task, one entry per part (57 for MMLU, one for most).
 
@@ -86,8 +96,8 @@ def scores(task: str, shots: int, limit: int | None, subject: Subject) -> list[S
         DataError: the rows are nowhere to be found.
         NumericsError: a log-likelihood is not finite.
     """
+    suite = load(task, shots, limit)
     with _quiet():
-        suite = _suite(task, shots, limit, tuple(benchmarks.fingerprint(task).values()))
         model = LiveModel(subject, suite)
         for built in suite.tasks.values():
             built.set_fewshot_seed(seed=SEED)  # again, where an attempt before this one drew examples and failed

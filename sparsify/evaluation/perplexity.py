@@ -19,6 +19,10 @@ class Perplexity:
     windows: Windows
     version: int = 1
 
+    def check(self, subject: Subject) -> None:
+        """The text is there, and the model can read its windows."""
+        subject.check(self.windows)
+
     def evaluate(self, subject: Subject) -> Evaluation:
         """`model.objective.perplexity` with the provenance of the text."""
         inputs = subject.inputs(self.windows)

@@ -46,19 +46,29 @@ class ZeroShot:
     def _shots(self) -> int:
         return benchmarks.find(self.task).shots if self.shots is None else self.shots
 
-    def evaluate(self, subject: Subject) -> Evaluation:
-        """`acc` (`exact_match` for GSM8K) with its standard error and number of documents; other metrics in `more`.
+    def check(self, subject: Subject) -> None:
+        """The rows are there, and a tokenizer that reads them.
 
         Raises:
             UsageError: the model has no tokenizer.
             DataError: the rows are nowhere to be found.
-            NumericsError: a log-likelihood is not finite.
         """
         if subject.tokenizer is None:
             raise UsageError(
                 "Tasks need a tokenizer", got="random weights", fix="model=smollm2-135m or eval=perplexity"
             )
         from sparsify.evaluation import harness  # lm-eval takes seconds to import
+
+        harness.load(self.task, self._shots, self.limit)
+
+    def evaluate(self, subject: Subject) -> Evaluation:
+        """`acc` (`exact_match` for GSM8K) with its standard error and number of documents; other metrics in `more`.
+
+        Raises:
+            NumericsError: a log-likelihood is not finite.
+        """
+        self.check(subject)
+        from sparsify.evaluation import harness
 
         scores = harness.scores(self.task, self._shots, self.limit, subject)
         first, *more = _measurements(self.task, scores)

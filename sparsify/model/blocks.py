@@ -85,14 +85,15 @@ class BlockView:
         """Refuse a model with NaN or infinite weights before any work is done on it.
 
         Raises:
-            NumericsError: naming the first such layer.
+            NumericsError: naming the first such parameter.
         """
-        finite = [torch.isfinite(layer.weight).all() for layer in self.layers]
-        for layer, good in zip(self.layers, finite, strict=True):
+        named = [(name, parameter) for name, parameter in self.model.named_parameters() if not parameter.is_meta]
+        finite = [torch.isfinite(parameter).all() for _, parameter in named]
+        for (name, parameter), good in zip(named, finite, strict=True):
             if not good:
                 raise NumericsError(
-                    f"Layer {layer.spec.name} holds NaN or infinite weights",
-                    got=f"{int((~torch.isfinite(layer.weight)).sum())} of {layer.spec.numel} weights",
+                    f"{name.removesuffix('.weight')} holds NaN or infinite weights",
+                    got=f"{int((~torch.isfinite(parameter)).sum())} of {parameter.numel()} weights",
                     allowed="finite weights",
                     fix="load the checkpoint again, or with dtype=float32 if it overflows in half precision",
                 )

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from sparsify import paths
 from sparsify.errors import DataError, SparsifyError, UsageError
 from sparsify.model.pretrained import first_line, pretrained, quiet, tokenizer_of
 
+NOTE, WEIGHTS = "converted.json", "model.safetensors"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -154,29 +156,38 @@ class GGUFModel:
         return _finish(pretrained(str(folder), torch_dtype, where), tokenizer_of(str(folder)))
 
     def _converted(self) -> Path:
-        folder = paths.cache() / f"{self.name}-{self.sha256[:12]}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not _intact(folder):
-                self._convert(folder)
-        return folder
-
-    def _convert(self, folder: Path) -> None:
-        parts = self._parts()
-        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
+        """The converted folder; where one is whole nothing is written, so that it may be another user's."""
+        name = f"{self.name}-{self.sha256[:12]}"
+        if whole := next((place / name for place in paths.caches() if _intact(place / name)), None):
+            return whole
+        folder = paths.cache() / name
         try:
-            done = draft / "done"
-            _dequantise(_joined(parts, draft), done)
-            weights = done / "model.safetensors"
-            (done / "converted.json").write_text(json.dumps({"from": self.sha256, "sha256": _hash(weights)}))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(done, folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if not _intact(folder):
+                    if folder.exists():
+                        warnings.warn(f"{folder} is damaged; converting it again", stacklevel=2)
+                    self._convert(folder)
         except OSError as error:
             raise SparsifyError(
                 f"The converted weights of {self.name} could not be written",
                 got=error,
-                fix="free 1.5 GB, or point SPARSIFY_CACHE at another disk",
+                fix="free 1.5 GB, or point SPARSIFY_CACHE at a folder that can be written",
             ) from error
+        return folder
+
+    def _convert(self, folder: Path) -> None:
+        parts, prefix = self._parts(), f".converting-{folder.name}."
+        for left in folder.parent.glob(f"{prefix}*"):  # by a killed one: whoever holds the lock is alone
+            shutil.rmtree(left, ignore_errors=True)
+        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+        try:
+            done = draft / "done"
+            _dequantise(_joined(parts, draft), done)
+            note = {"from": self.sha256, "sha256": _hash(done / WEIGHTS), "files": _small_files(done)}
+            (done / NOTE).write_text(json.dumps(note))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(done, folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -247,11 +258,18 @@ def _dequantise(source: Path, folder: Path) -> None:
 
 
 def _intact(folder: Path) -> bool:
-    """Whether the folder is a finished conversion whose weights still have the recorded hash."""
-    note, weights = folder / "converted.json", folder / "model.safetensors"
-    if not (note.is_file() and weights.is_file()):
+    """Whether the folder is a finished conversion whose files still have the hashes of its note."""
+    try:
+        note = json.loads((folder / NOTE).read_text())
+        return bool(note["sha256"] == _hash(folder / WEIGHTS) and note["files"] == _small_files(folder))
+    except (OSError, ValueError, KeyError, TypeError):  # no conversion, or one whose note is damaged
         return False
-    return bool(json.loads(note.read_text())["sha256"] == _hash(weights))
+
+
+def _small_files(folder: Path) -> dict[str, str]:
+    """Hashes of config and tokenizer, by name."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in (NOTE, WEIGHTS))
+    return {file.name: _hash(file) for file in files}
 
 
 def _hash(*files: Path) -> str:

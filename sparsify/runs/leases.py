@@ -110,7 +110,8 @@ def _sweep_dead(file: Path) -> None:
         if _read_lease(grave) != lease:  # another taker was quicker, and this is its living lease
             with suppress(FileExistsError):
                 _create(grave, file)
-        grave.unlink()
+        with suppress(OSError):
+            grave.unlink()
 
 
 def _read_lease(file: Path) -> dict[str, Any] | None:
@@ -118,7 +119,9 @@ def _read_lease(file: Path) -> dict[str, Any] | None:
         lease = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    return lease if isinstance(lease, dict) and {"host", "pid", "started"} <= set(lease) else None
+    kinds = {"host": str, "pid": int, "started": float | int}
+    whole = isinstance(lease, dict) and all(isinstance(lease.get(key), kind) for key, kind in kinds.items())
+    return lease if whole else None
 
 
 def _alive(file: Path, lease: Mapping[str, Any] | None) -> bool:
@@ -129,7 +132,7 @@ def _alive(file: Path, lease: Mapping[str, Any] | None) -> bool:
         try:
             process = psutil.Process(lease["pid"])
             return abs(process.create_time() - lease["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
+        except (psutil.Error, ValueError, OverflowError):  # also what was never the number of a process
             return False
     return _age(file) < STALE_SECONDS
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from sparsify import schema
+from sparsify.errors import RecordError
 from sparsify.types import Evaluation
 
 SCHEMA = 1
@@ -108,15 +109,21 @@ class Record:
 
         Raises:
             UsageError: it is no record; the message says what is wrong with it.
+            RecordError: it is one of a later version.
         """
-        if not isinstance(tree, Mapping) or tree.get("schema") != SCHEMA:
+        found = tree.get("schema") if isinstance(tree, Mapping) else None
+        if isinstance(found, int) and found > SCHEMA:
+            raise RecordError(
+                "A later version of sparsify wrote this record", got=f"schema {found}", allowed=SCHEMA, fix="git pull"
+            )
+        if found != SCHEMA:
             schema.refuse(tree, where, f"a record of schema {SCHEMA}")
         plain = {key: value for key, value in tree.items() if key not in ("schema", "evaluations", "superseded")}
         evaluations = schema.load_each(tree.get("evaluations", {}), f"{where}.evaluations")
         record = schema.load(cls, plain, where)
         for name, item in evaluations.items():
             record.evaluations[name] = _recorded(item, f"{where}.evaluations.{name}")
-        for i, item in enumerate(tree.get("superseded", ())):
+        for i, item in enumerate(schema.load_list(tree.get("superseded", []), f"{where}.superseded")):
             rest = {key: value for key, value in item.items() if key != "name"}
             record.superseded.append(Superseded(str(item.get("name")), _recorded(rest, f"{where}.superseded[{i}]")))
         return record

@@ -8,11 +8,12 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsify.errors import RecordError
-from sparsify.runs import leases
+from sparsify.errors import DamagedError, RecordError
+from sparsify.runs import console, leases
 from sparsify.runs.record import Record
 
 State = Literal["done", "running", "failed", "missing"]
@@ -35,15 +36,28 @@ class Store:
         """The record, or None if there is none.
 
         Raises:
-            RecordError: the file is not a record.
+            DamagedError: the file is not a record.
+            RecordError: it cannot be opened, or a later version wrote it.
         """
         file = self.folder(key) / "record.json"
         try:
             return Record.from_json(json.loads(file.read_text(encoding="utf8")), file.name)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise RecordError("A record cannot be read", got=f"{file}: {error}", fix=f"remove {file}") from error
+        except (IsADirectoryError, ValueError, RecursionError) as error:
+            fix = f"run the cell again: {file.name} is set aside then, not removed"
+            raise DamagedError("A record is damaged", got=f"{file}: {error}", fix=fix) from error
+        except OSError as error:
+            got = f"{file}: {error.strerror}"
+            raise RecordError("A record cannot be read", got=got, fix="make it readable for this user") from error
+
+    def known(self, key: str) -> Record | None:
+        """The record, or None if there is none that can be read: one bad file is named once and stops nothing else."""
+        try:
+            return self.read(key)
+        except RecordError as error:
+            _name_once(error.paragraph())
+            return None
 
     def write(self, record: Record) -> Path:
         """Write the record so that a reader sees the old one or the new one, never half of it.
@@ -63,7 +77,7 @@ class Store:
     def __iter__(self) -> Iterator[Record]:
         """All records, in order of key."""
         for folder in sorted(self.runs.glob("*/")):
-            record = self.read(folder.name)
+            record = self.known(folder.name)
             if record is not None:
                 yield record
 
@@ -73,12 +87,12 @@ class Store:
             return "running"
         if self.complete(key, evaluations, kept=kept):
             return "done"
-        record = self.read(key)
+        record = self.known(key)
         return "failed" if record is not None and record.status == "failed" else "missing"
 
     def complete(self, key: str, evaluations: Mapping[str, str], *, kept: bool = False) -> bool:
         """Whether the record is finished and has every one of these evaluations (and the model, if it is kept)."""
-        record = self.read(key)
+        record = self.known(key)
         if record is None or record.status != "done":
             return False
         if kept and (record.kept is None or not (self.folder(key) / record.kept.file).is_file()):
@@ -91,7 +105,8 @@ class Store:
 
     @contextmanager
     def lease(self, key: str) -> Iterator[None]:
-        """Hold the cell; a dead process' lease is taken over, and what it left half-written is removed.
+        """Hold the cell; a dead process' lease is taken over, what it left half-written is removed, and what is damaged
+        is set aside.
 
         Raises:
             HeldError: another process holds it.
@@ -99,7 +114,28 @@ class Store:
         """
         with leases.held(self.folder(key) / "lease"):
             _sweep_drafts(self.folder(key))
+            self._set_damaged_aside(key)
             yield
+
+    def _set_damaged_aside(self, key: str) -> None:
+        try:
+            self.read(key)
+        except DamagedError:
+            file = self.folder(key) / "record.json"
+            console.warn(f"a damaged record was set aside as {set_aside(file)}; the cell is run anew")
+
+
+@cache
+def _name_once(text: str) -> None:
+    console.warn(text)
+
+
+def set_aside(file: Path) -> Path:
+    """Rename a file that is damaged but may hold results, and say how it is called now."""
+    names = (file.with_name(f"{file.stem}.damaged{number}{file.suffix}") for number in ("", *range(2, 100)))
+    aside = next(name for name in names if not name.exists())
+    os.replace(file, aside)
+    return aside
 
 
 def _not_plain(tree: Any, path: str = "") -> str | None:

