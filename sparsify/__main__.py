@@ -2,7 +2,7 @@
 
 import sys
 
-from sparsify.commands.cli import launch
+from sparsify.commands.cli import main
 
 if __name__ == "__main__":
-    sys.exit(launch(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

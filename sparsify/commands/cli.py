@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
@@ -15,11 +15,13 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.markup import escape
 
 from sparsify import paths
 from sparsify.commands.overrides import understood
 from sparsify.errors import HeldError, SparsifyError, UnexpectedError, UsageError
-from sparsify.runs import console, identity, registry
+from sparsify.runs import console, identity, planning, registry
+from sparsify.runs.planning import Part
 
 
 def launch(arguments: list[str]) -> int:
@@ -43,6 +45,28 @@ def launch(arguments: list[str]) -> int:
     finally:
         sys.argv = argv
     return max((understand(error).exit_code for error in reported), default=0)
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m sparsify`: a cell, or a sweep, which is not over while cells of it are missing or held by others."""
+    code = launch(arguments)
+    if code or not {"-m", "--multirun"} & set(arguments) or any(a.startswith("hydra/sweeper") for a in arguments):
+        return code
+    overrides = [a for a in arguments if not a.startswith("-")]
+    return command("", lambda table, swept: unfinished(planning.parts_of(table, swept), table, swept), overrides)
+
+
+def unfinished(parts: Sequence[Part], table: str | None, overrides: Sequence[str]) -> int:
+    """Say how many cells of a sweep are not done; 1 if there are any.
+
+    Also true where a launcher ran the cells elsewhere and only their records tell.
+    """
+    left = sum(cell.state in ("missing", "failed", "running") for part in parts for cell in part.cells)
+    if left:
+        where = f"table={table}" if table else " ".join(overrides)
+        cells = console.counted(left, "cell")
+        console.say(f"[red]{cells} not finished[/]; see: python -m sparsify.plan {escape(where)}")
+    return int(left > 0)
 
 
 def _task(reported: list[Exception]) -> Callable[[DictConfig], Any]:

@@ -100,12 +100,7 @@ def run(table: str | None, overrides: list[str]) -> int:
         else:
             break
         parts = planning.parts_of(table, overrides)
-    if left := sum(len(part.missing) for part in parts):
-        # Also true where a launcher ran the cells elsewhere and only their records tell.
-        where = f"table={table}" if table else " ".join(overrides)
-        console.say(f"[red]{console.counted(left, 'cell')} not finished[/]; see: python -m sparsify.plan {where}")
-        code = max(code, 1)
-    return code
+    return max(code, cli.unfinished(parts, table, overrides))
 
 
 def _launch(parts: Sequence[Part]) -> int:

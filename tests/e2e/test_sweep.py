@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from sparsify.commands import sweep
+from sparsify.commands import cli, sweep
 from sparsify.runs import planning
 
 
@@ -59,3 +59,13 @@ def test_ctrl_c_ends_the_sweep(asked, monkeypatch):
     monkeypatch.setattr(sweep.cli, "launch", lambda arguments: launched.append(arguments) or 130)
     assert sweep.run("table1", [f"results={asked[-2].partition('=')[2]}"]) == 130
     assert len(launched) == 1
+
+
+def test_a_multirun_with_a_cell_that_another_process_holds_is_not_over(asked, held, capsys):
+    assert cli.main(["-m", *asked]) == 1
+    out = capsys.readouterr().out
+    assert "1 cell not finished; see: python -m sparsify.plan" in out
+    held.kill()
+    held.wait()
+    assert cli.main(["-m", *asked]) == 0
+    assert "not finished" not in capsys.readouterr().out
