@@ -26,7 +26,7 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu", revision: 
     """Load a causal language model and its tokenizer, in eval mode and without gradients.
 
     Args:
-        source: a name under `configs/model` (`smollm2-135m`), a hub id (`org/name`) or a local folder.
+        source: a name under `configs/model` (`smollm2-135m`), a hub id (`org/name`), a local folder, or a GGUF file.
         dtype: `float32`, `float16` or `bfloat16`.
         device: `cpu`, `cuda`, `cuda:1`, ... or `auto`.
         revision: commit for a hub id; named models have theirs pinned.
@@ -40,11 +40,16 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu", revision: 
     """
     from pathlib import Path
 
+    from sparsify.model.gguf import GGUFModel
     from sparsify.model.sources import HubModel
     from sparsify.runs import registry
 
-    if Path(source).is_dir():
-        model_source: Any = HubModel(Path(source).name, source)
+    if source.endswith(".gguf"):
+        model_source: Any = GGUFModel(
+            Path(source).stem, str(Path(source).resolve()) if Path(source).exists() else source
+        )
+    elif Path(source).is_dir():
+        model_source = HubModel(Path(source).name, source)
     elif source in registry.names("model") or "/" not in source:
         model_source = registry.build("model", source)
     else:

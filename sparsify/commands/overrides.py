@@ -36,7 +36,7 @@ def _refuse_registration(argument: str) -> None:
         raise UsageError("Components are chosen by name", got=argument, fix=f"{owner or 'pruner'}=<name>")
 
 
-PATHS = ("model.id", "results", "allocator.file")
+PATHS = ("model.id", "results")
 """Keys whose values are paths, as `calibration.text.path` is."""
 
 
@@ -60,38 +60,49 @@ def _quote(text: str) -> str:
 
 
 def expand_model(arguments: list[str]) -> list[str]:
-    """Turn `model=org/name`, `model=./folder`, and sweeps over such, into the generic hub model; named models stay.
+    """Turn `model=org/name`, `model=./folder`, `model=./file.gguf`, and sweeps over such, into the generic models.
+
+    Named models stay.
 
     Raises:
-        UsageError: a sweep over named models and others at once.
+        UsageError: a sweep over models of more than one of these kinds.
     """
     expanded = []
     for argument in arguments:
         key, _, value = argument.partition("=")
-        values = [value] if Path(value).expanduser().is_dir() else value.split(",")
-        foreign = [_foreign(part) for part in values]
-        if key != "model" or not any(foreign):
+        values = [value] if Path(value).expanduser().exists() else value.split(",")
+        kinds: dict[str, list[str]] = {}
+        for part in values:
+            kinds.setdefault(_kind(part), []).append(part)
+        if key != "model" or list(kinds) == [NAMED]:
             expanded.append(argument)
-        elif not all(foreign):
-            named = ",".join(part for part in values if not _foreign(part))
-            others = ",".join(part for part in values if _foreign(part))
+        elif len(kinds) > 1:
             raise UsageError(
-                "A sweep is over named models or over ids and folders, not over both",
+                "A sweep is over named models, over ids and folders, or over GGUF files, not over several of these",
                 got=argument,
-                fix=f"model={named} and model={others}, one sweep each",
+                fix=" and ".join("model=" + ",".join(parts) for parts in kinds.values()) + ", one sweep each",
             )
         else:
-            expanded += ["model=hub", "model.id=" + ",".join(_quote(_absolute(part)) for part in values)]
+            (kind,) = kinds
+            expanded += [f"model={kind}", f"{GENERIC[kind]}=" + ",".join(_quote(_absolute(part)) for part in values)]
     return expanded
 
 
+NAMED = "named"
+GENERIC = {"hub": "model.id", "gguf": "model.file"}
+"""Models that are not named one by one, and the key that says which one is meant."""
+
+
 def _absolute(source: str) -> str:
-    """A folder by its whole path, a hub id as it is."""
+    """A folder or file by its whole path, a hub id as it is."""
     path = Path(source).expanduser()
-    return str(path.resolve()) if path.is_dir() else source
+    return str(path.resolve()) if path.exists() else source
 
 
-def _foreign(value: str) -> bool:
+def _kind(value: str) -> str:
     if not value or value in registry.names("model") or value.startswith("shape/"):
-        return False
-    return Path(value).expanduser().is_dir() or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", value))
+        return NAMED
+    if value.endswith(".gguf"):
+        return "gguf"
+    folder = Path(value).expanduser().is_dir()
+    return "hub" if folder or re.fullmatch(r"[\w.-]+/[\w.-]+", value) else NAMED

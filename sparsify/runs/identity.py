@@ -157,9 +157,12 @@ DESCRIPTIVE = ("num_blocks", "gated", "package", "setup", "published")
 
 
 def _model_identity(node: Config) -> dict[str, Any]:
-    """The model config; a local folder is named by a hash of its files instead of by its path."""
+    """The model config; a local folder or file is named by a hash of its content instead of by its path."""
     tree = {key: value for key, value in node.items() if key not in DESCRIPTIVE}
     folder = Path(str(tree.get("id", "")))
     if tree.get("id") and folder.is_dir():
         return {**tree, "id": folder.name, "revision": content.folder_hash(folder.resolve())}
+    file = Path(str(tree.get("file", ""))).expanduser()
+    if "file" in tree and tree["sha256"] is None and file.is_file():
+        return {**tree, "file": file.name, "sha256": content.file_hash(file)}
     return tree

@@ -136,7 +136,7 @@ def unknown(group: str, name: str) -> UsageError:
     near = suggest(name, options)
     fix = f"{group}={near[0]}" if near else f"pick one, or add configs/{group}/{name}.yaml"
     if group == "model":
-        fix += "; any hub id or folder works too: model=org/name or model=./folder"
+        fix += "; any hub id, folder or GGUF file works too: model=org/name, model=./folder, model=./file.gguf"
     return UsageError(f"There is no {group} of that name", got=name, allowed=", ".join(options), fix=fix)
 
 
@@ -213,8 +213,10 @@ OmegaConf.register_new_resolver("published", published, replace=True)
 
 
 def leaf_of(source: str) -> str:
-    """What a model is called: a folder by its own name, a hub id by itself."""
+    """What a model is called: a folder by its own name, a GGUF file without its ending, a hub id by itself."""
     path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        return path.stem
     return path.resolve().name if path.is_dir() else source
 
 

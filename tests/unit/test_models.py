@@ -7,10 +7,11 @@ from itertools import pairwise
 import pytest
 
 from sparsify import paths
-from sparsify.errors import DataError, SparsifyError
-from sparsify.model import sources as models
-from sparsify.model.sources import GGUFModel
-from sparsify.runs import registry
+from sparsify.commands.overrides import understood
+from sparsify.errors import DataError, SparsifyError, UsageError
+from sparsify.model import gguf
+from sparsify.model.gguf import GGUFModel
+from sparsify.runs import identity, menu, registry
 
 CONTENT = b"GGUF, as far as these tests go"
 
@@ -31,7 +32,7 @@ def converted(monkeypatch):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(seen[-1])
 
-    monkeypatch.setattr(models, "_dequantise", copy)
+    monkeypatch.setattr(gguf, "_dequantise", copy)
     return seen
 
 
@@ -126,7 +127,7 @@ def test_a_full_disk_leaves_nothing_behind(monkeypatch):
     def fail(source, folder):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(models, "_dequantise", fail)
+    monkeypatch.setattr(gguf, "_dequantise", fail)
     with pytest.raises(SparsifyError, match=r"No space left on device.*SPARSIFY_CACHE"):
         source(CONTENT[:9], CONTENT[9:])._converted()
     assert all(file.suffix == ".lock" for file in paths.cache().iterdir())
@@ -139,3 +140,52 @@ def test_weights_that_are_not_installed_are_one_clear_error(name, fix):
     assert refused.value.what == f"The weights of {name} are not installed"
     assert str(refused.value.got).startswith(f"no file {paths.assets()}")
     assert refused.value.fix == fix
+
+
+def test_a_file_of_ones_own_is_converted_by_its_content(converted, tmp_path):
+    file = tmp_path / "mine.gguf"
+    file.write_bytes(CONTENT)
+    model = GGUFModel("mine", str(file))
+    folder = model._converted()
+    assert folder.name == f"mine-{hashlib.sha256(CONTENT).hexdigest()[:12]}"
+    file.write_bytes(CONTENT + b"!")
+    assert model._converted() != folder
+    assert converted == [CONTENT, CONTENT + b"!"]
+
+
+@pytest.mark.parametrize("name", ["nowhere.gguf", "org/name/file.gguf"])
+def test_a_file_that_is_nowhere_is_one_clear_error(monkeypatch, name):
+    import huggingface_hub
+
+    def unreachable(repo, file):
+        assert (repo, file) == ("org/name", "file.gguf")
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(DataError, match=f"no such GGUF file.*{name}"):
+        GGUFModel("x", name).load("float32", "cpu")
+
+
+def test_what_is_no_gguf_is_one_clear_error(tmp_path):
+    file = tmp_path / "mine.gguf"
+    file.write_bytes(CONTENT)
+    with pytest.raises(DataError, match=r"mine\.gguf could not be read"):
+        GGUFModel("mine", str(file)).load("float32", "cpu")
+
+
+def test_the_same_file_is_the_same_model_wherever_it_lies(tmp_path):
+    keys = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "mine.gguf").write_bytes(CONTENT)
+        keys.append(menu.compose(understood([f"model={tmp_path / place / 'mine.gguf'}"])))
+    assert {config["model"]["name"] for config in keys} == {"mine"}
+    assert len({json.dumps(identity._model_identity(config["model"])) for config in keys}) == 1
+    (tmp_path / "there/mine.gguf").write_bytes(CONTENT + b"!")
+    assert len({json.dumps(identity._model_identity(config["model"])) for config in keys}) == 2
+
+
+def test_a_sweep_over_models_of_two_kinds_is_refused(tmp_path):
+    (tmp_path / "mine.gguf").write_bytes(CONTENT)
+    with pytest.raises(UsageError, match="one sweep each"):
+        understood([f"model={tmp_path / 'mine.gguf'},org/name"])
