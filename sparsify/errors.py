@@ -24,7 +24,7 @@ class SparsifyError(Exception):
         """The whole message on one line."""
         parts = [self.what.rstrip(".") + "."]
         if self.got is not None:
-            parts.append(f"Got: {' '.join(str(self.got).split()).rstrip('.')}.")
+            parts.append(f"Got: {' '.join(str(self.got).split()).rstrip('.') or repr(self.got)}.")
         if self.allowed is not None:
             parts.append(f"Allowed: {self.allowed}.")
         if self.fix is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -12,6 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from sparsify.errors import UsageError
 
 T = TypeVar("T")
+WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
 def load(kind: type[T], tree: Any, where: str) -> T:
@@ -51,14 +53,14 @@ def load_list(tree: Any, where: str) -> list[Mapping[str, Any]]:
 
 def _load(kind: Any, tree: Any, where: str) -> Any:
     origin = get_origin(kind)
-    if kind is Any:
+    if kind is Any or _made(kind, tree):
         return tree
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, tree, where)
     if origin in (Union, types.UnionType):
         return _union(get_args(kind), tree, where)
     if origin is Literal:
-        return tree if tree in get_args(kind) else refuse(tree, where, ", ".join(map(repr, get_args(kind))))
+        return tree if tree in get_args(kind) else _refuse_option(tree, where, get_args(kind))
     if origin in (list, tuple, Sequence):
         items = tree if isinstance(tree, list | tuple) else refuse(tree, where, "a list")
         inner = get_args(kind)[0]
@@ -70,13 +72,20 @@ def _load(kind: Any, tree: Any, where: str) -> Any:
     return _plain(kind, tree, where)
 
 
+def _made(kind: Any, tree: Any) -> bool:
+    """Whether a component is there already, as an object."""
+    return isinstance(kind, type) and kind.__module__ != "builtins" and isinstance(tree, kind)
+
+
 def _plain(kind: Any, tree: Any, where: str) -> Any:
     if kind is float and isinstance(tree, int) and not isinstance(tree, bool):
-        return float(tree)
+        return float(tree) if abs(tree) < sys.float_info.max else refuse(str(tree), where, "a number")
     if kind is type(None) or kind is None:
         return None if tree is None else refuse(tree, where, "null")
+    if kind is int and isinstance(tree, int) and abs(tree) >= 2**63:
+        refuse(str(tree), where, "a whole number of 64 bits")
     if (isinstance(tree, bool) and kind is not bool) or not isinstance(tree, kind):
-        refuse(tree, where, {"str": "text", "int": "a whole number", "float": "a number"}.get(kind.__name__, kind))
+        refuse(tree, where, WORDS.get(kind.__name__, f"a component: a {kind.__name__}, chosen by name"))
     return tree
 
 
@@ -87,15 +96,40 @@ def _union(kinds: tuple[Any, ...], tree: Any, where: str) -> Any:
             return _load(kind, tree, where)
         except UsageError as error:
             refused.append(error)
-    raise max(refused, key=lambda error: error.what.count(".") + error.what.count("["))
+    # Of several that refuse the value itself, each says what it would have taken; what lies deeper was nearly right.
+    deepest = max(refused, key=lambda error: error.what.count(".") + error.what.count("["))
+    here = [error for error in refused if error.what.partition(" ")[0] == where]
+    if deepest not in here:
+        raise deepest
+    fix = next((error.fix for error in here if error.fix), None)
+    return refuse(tree, where, " or ".join(str(error.allowed) for error in here), fix)
+
+
+def _refuse_option(tree: Any, where: str, options: Sequence[Any]) -> Any:
+    near = difflib.get_close_matches(str(tree), [str(option) for option in options], n=1, cutoff=0.5)
+    fix = f"{where}={near[0]}" if near else None
+    raise UsageError(f"{where} has no such value", got=repr(tree)[:80], allowed=", ".join(map(str, options)), fix=fix)
 
 
 @cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
 def _dataclass(kind: Any, tree: Any, where: str) -> Any:
+    values = values_of(kind, tree, where)
+    try:
+        return kind(**values)
+    except UsageError as error:  # of its own check, which does not know the place
+        raise UsageError(f"{where}: {error.what}", got=error.got, allowed=error.allowed, fix=error.fix) from None
+
+
+def values_of(kind: type[Any], tree: Any, where: str) -> dict[str, Any]:
+    """What a dataclass is made of, checked against the types of its fields; objects that fit stay as they are.
+
+    Raises:
+        UsageError: as for `load`.
+    """
     if not isinstance(tree, Mapping):
         refuse(tree, where, "a mapping")
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -107,17 +141,13 @@ def _dataclass(kind: Any, tree: Any, where: str) -> Any:
     absent = (dataclasses.MISSING, dataclasses.MISSING)
     if lacking := [n for n, f in fields.items() if n not in tree and (f.default, f.default_factory) == absent]:
         raise UsageError(f"{where} lacks {lacking[0]}", got=", ".join(map(str, tree)))
-    values = {key: _load(_hints(kind)[key], value, f"{where}.{key}") for key, value in tree.items()}
-    try:
-        return kind(**values)
-    except UsageError as error:  # of its own check, which does not know the place
-        raise UsageError(f"{where}: {error.what}", got=error.got, allowed=error.allowed, fix=error.fix) from None
+    return {key: _load(_hints(kind)[key], value, f"{where}.{key}") for key, value in tree.items()}
 
 
-def refuse(tree: Any, where: str, allowed: object) -> Any:
+def refuse(tree: Any, where: str, allowed: object, fix: str | None = None) -> Any:
     """Say that a value is of another kind than is allowed there.
 
     Raises:
         UsageError: always.
     """
-    raise UsageError(f"{where} has the wrong kind of value", got=repr(tree)[:80], allowed=allowed)
+    raise UsageError(f"{where} has the wrong kind of value", got=repr(tree)[:80], allowed=allowed, fix=fix)

@@ -11,6 +11,8 @@ from typing import Any
 from sparsify import schema
 from sparsify.errors import PatternError, UsageError
 
+WIDEST = 2**16
+"""The largest M of a pattern: wider than the matrices of any model."""
 _N_OF_M = re.compile(r"(\d+|mixed):(\d+)")
 
 
@@ -32,9 +34,12 @@ class Pattern:
         if self.group is None:
             if self.kept is not None:
                 raise PatternError("A pattern with N needs M", got=self)
-        elif self.group < 2 or (self.kept is not None and not 0 < self.kept <= self.group):
+        elif not 2 <= self.group <= WIDEST or (self.kept is not None and not 0 < self.kept <= self.group):
             raise PatternError(
-                "Not an N:M pattern", got=str(self), allowed="1 <= N <= M and M >= 2, N counts kept weights"
+                "Not an N:M pattern",
+                got=str(self),
+                allowed=f"1 <= N <= M and 2 <= M <= {WIDEST}, N counts kept weights",
+                fix="pattern=2:4 keeps 2 of every 4 inputs",
             )
 
     @classmethod
@@ -43,13 +48,17 @@ class Pattern:
         if isinstance(text, Pattern):
             return text
         if not isinstance(text, str):
-            raise PatternError("A pattern is text", got=repr(text), fix='quote it in YAML: pattern: "2:4"')
+            fix = 'pattern=2:4 (in YAML in quotes: pattern: "2:4"), or pattern=unstructured'
+            raise PatternError("A pattern is text", got=repr(text)[:80], fix=fix)
         if text == "unstructured":
             return cls()
         match = _N_OF_M.fullmatch(text)
         if match is None:
             raise PatternError(
-                "Unknown sparsity pattern", got=repr(text), allowed="unstructured, N:M (keep N of M), mixed:M"
+                "Unknown sparsity pattern",
+                got=repr(text)[:80],
+                allowed="unstructured, N:M (keep N of M), mixed:M",
+                fix="pattern=unstructured, or pattern=2:4 keeps 2 of every 4 inputs",
             )
         kept, group = match.groups()
         return cls(int(group), None if kept == "mixed" else int(kept))
@@ -246,17 +255,28 @@ class Evaluation(Measurement):
         return schema.load(cls, {**own, "details": details}, where)
 
 
-def check_whole(name: str, value: Any, least: int = 1, *, or_null: bool = False) -> None:
-    """Refuse what is not a whole number of at least `least`, or null where that has a meaning.
+def check_whole(name: str, value: Any, least: int = 1, most: int | None = None, *, or_null: bool = False) -> None:
+    """Refuse what is not a whole number from `least` to `most`, or null where that has a meaning.
 
     Raises:
         UsageError: something else.
     """
     if or_null and value is None:
         return
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        allowed = f">= {least}, or null" if or_null else f">= {least}"
-        raise UsageError(f"{name} is a whole number", got=value, allowed=allowed, fix=f"{name}={max(least, 1)}")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        allowed = (f">= {least}" if most is None else f"{least} to {most}") + (", or null" if or_null else "")
+        near = most if most is not None and whole and value > most else max(least, 1)
+        raise UsageError(f"{name} is a whole number", got=str(value)[:80], allowed=allowed, fix=f"{name}={near}")
+
+
+def check_seed(value: Any) -> None:
+    """Refuse what is no seed for every generator that is given it: NumPy's take 32 bits.
+
+    Raises:
+        UsageError: something else.
+    """
+    check_whole("seed", value, 0, 2**32 - 1)
 
 
 def check_sparsity(value: Any) -> float:
@@ -266,14 +286,14 @@ def check_sparsity(value: Any) -> float:
         UsageError: outside [0, 1).
     """
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
     if not 0.0 <= number < 1.0:
         hint = f"sparsity={number / 100:g}" if 2 <= number < 100 else "sparsity=0.7"
         raise UsageError(
             "sparsity is the fraction of zeros over the linear weights of all blocks",
-            got=value,
+            got=str(value)[:80],
             allowed="0 <= sparsity < 1",
             fix=hint,
         )

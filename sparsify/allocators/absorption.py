@@ -19,6 +19,7 @@ from sparsify.data.inputs import first
 from sparsify.errors import NumericsError, UsageError
 from sparsify.types import LayerTable, check_whole
 
+MOST_DRAWS = 10_000
 CONTROLS = ("none", "flipped", "permuted", "ramp", "first")
 
 
@@ -76,7 +77,7 @@ class AbsorptionCorrected(Allocator):
         if not strengths or not all(isinstance(x, int | float) and 0 <= x < math.inf for x in strengths):
             raise UsageError("grid is a list of strengths", got=self.grid, allowed="numbers >= 0", fix="grid=[0,0.2]")
         check_whole("windows", self.windows, or_null=True)
-        check_whole("seeds", self.seeds)
+        check_whole("seeds", self.seeds, most=MOST_DRAWS)
 
     def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
         inner = self.inner.profile(layers, sparsity, context)

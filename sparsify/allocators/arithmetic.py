@@ -101,6 +101,8 @@ def check_beta(node: Mapping[str, Any], sparsity: float, num_blocks: int) -> Non
             allowed=f"-{limit:.6g} <= beta <= {limit:.6g}",
             fix=f"allocator.beta={math.floor(limit * 1000) / 1000:g} or allocator.beta=auto",
         )
+    if beta == "auto" and isinstance(step := node.get("step"), int | float) and step > 0:
+        beta_grid(sparsity, num_blocks, step)
 
 
 def progression(sparsity: float, beta: float, num_blocks: int) -> list[float]:
@@ -114,9 +116,24 @@ def legal_maximum(sparsity: float, num_blocks: int) -> float:
     return math.inf if num_blocks < 2 else min(2 * sparsity, 2 * (1 - sparsity)) / (num_blocks - 1)
 
 
+MOST_POINTS = 10_000
+
+
 def beta_grid(sparsity: float, num_blocks: int, step: float = 0.002) -> list[float]:
-    """0, step, 2 step, ... up to the legal maximum."""
+    """0, step, 2 step, ... up to the legal maximum.
+
+    Raises:
+        UsageError: so many that no search would end.
+    """
     if num_blocks < 2:
         return [0.0]
-    count = math.floor(legal_maximum(sparsity, num_blocks) / step + 1e-9)
+    points = legal_maximum(sparsity, num_blocks) / step
+    if points > MOST_POINTS:
+        raise UsageError(
+            "The beta grid has too many points, each of which is pruned and measured",
+            got=f"{points:.3g} of them (step={step:g})",
+            allowed=f"at most {MOST_POINTS}",
+            fix="allocator.step=0.002",
+        )
+    count = math.floor(points + 1e-9)
     return [round(i * step, 12) for i in range(count + 1)]

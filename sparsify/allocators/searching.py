@@ -20,6 +20,9 @@ from sparsify.search.algorithms import ALGORITHMS
 from sparsify.search.spaces import Space
 from sparsify.types import LayerTable, check_whole
 
+MOST_TRIALS = 1_000_000
+"""Each trial is a plan in the log: more than these end in no time and no memory."""
+
 if TYPE_CHECKING:
     from sparsify.allocators.context import Context
 
@@ -54,7 +57,8 @@ class Searching:
         if self.statistics not in ("dense", "propagated"):
             raise UsageError("Unknown statistics of a trial", got=self.statistics, allowed="dense, propagated")
         for name, least in {"trials": 2, "finalists": 2, "windows": 1, "heldout": 1}.items():
-            check_whole(name, getattr(self, name), least, or_null=name in ("windows", "heldout"))
+            most = MOST_TRIALS if name == "trials" else None
+            check_whole(name, getattr(self, name), least, most, or_null=name in ("windows", "heldout"))
 
     def best_profile(self, layers: LayerTable, sparsity: float, context: Context, space: Space) -> Profile:
         """The finalist with the lowest held-out perplexity, with the log of all trials and how the rankings agree."""

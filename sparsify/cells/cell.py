@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.data.windows import Windows
-from sparsify.errors import UsageError
 from sparsify.evaluation.base import Evaluator
 from sparsify.model.sources import ModelSource, parse_dtype, pick_device
 from sparsify.recipe import Recipe
-from sparsify.runs import identity, registry
+from sparsify.runs import identity, registry, request
 from sparsify.runs.identity import Config
 from sparsify.runs.records import Store
 from sparsify.runs.tracking import Tracker
-from sparsify.types import check_whole
 
 STAGES = ("recovery", "quantiser")
 """What may follow pruning, in this order."""
@@ -61,16 +59,14 @@ class Cell:
         Raises:
             SparsifyError: the first thing that is wrong.
         """
-        _refuse_missing(config, "")
-        check_whole("seed", config["seed"], 0)
-        check_whole("batch_size", config["batch_size"], or_null=True)
-        if not isinstance(config["keep"], bool):
-            raise UsageError("keep is true or false", got=config["keep"], fix="keep=true")
+        request.check(config)
         recipe = _recipe(config)
         if blocks := config["model"].get("num_blocks"):
             registry.check(config["allocator"], recipe.sparsity, blocks)
         pick_device(config["device"])
         parse_dtype(config["dtype"])
+        parts = {name: registry.make(config[name], name) for name in ("model", "calibration", "heldout", "test")}
+        evaluators = {name: _evaluator(config, name, node) for name, node in identity.evaluations(config).items()}
         key, evaluation_keys = identity.keys(config)
         return cls(
             config=config,
@@ -78,31 +74,28 @@ class Cell:
             science=identity.science(config),
             evaluation_keys=evaluation_keys,
             recipe=recipe,
-            source=registry.make(config["model"]),
-            calibration=registry.make(config["calibration"]),
-            heldout=registry.make(config["heldout"]),
-            evaluators={name: registry.make(node) for name, node in identity.evaluations(config).items()},
-            tracker=registry.make(config["logger"]),
+            source=parts["model"],
+            calibration=parts["calibration"],
+            heldout=parts["heldout"],
+            evaluators=evaluators,
+            tracker=registry.make(config["logger"], "logger"),
             store=Store(config["results"]),
         )
+
+
+def _evaluator(config: Config, name: str, node: Config) -> Any:
+    """One evaluation; a task's settings stand in `eval` itself."""
+    return registry.make(node, f"eval.{name}" if name in config["eval"] else "eval")
 
 
 def _recipe(config: Config) -> Recipe:
     objective = config.get("objective")
     return Recipe.of(
-        registry.make(config["pruner"]),
-        registry.make(config["allocator"]),
-        registry.make(config["method"]),
+        registry.make(config["pruner"], "pruner"),
+        registry.make(config["allocator"], "allocator"),
+        registry.make(config["method"], "method"),
         config["pattern"],
         config["sparsity"],
-        objective=registry.make(objective) if objective else None,
-        stages={name: registry.make(config[name]) for name in STAGES if config.get(name)},
+        objective=registry.make(objective, "objective") if objective else None,
+        stages={name: registry.make(config[name], name) for name in STAGES if config.get(name)},
     )
-
-
-def _refuse_missing(node: Any, path: str) -> None:
-    if node == "???":
-        raise UsageError(f"{path} must be given", fix=f"{path}=<value>")
-    if isinstance(node, dict):
-        for key in sorted(node):
-            _refuse_missing(node[key], f"{path}.{key}".lstrip("."))

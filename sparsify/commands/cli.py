@@ -6,19 +6,19 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.markup import escape
 
 from sparsify import paths
-from sparsify.commands.overrides import understood
+from sparsify.commands.overrides import SWEEP, sorted_out, understood, unknown_flag
 from sparsify.errors import HeldError, SparsifyError, UnexpectedError, UsageError
 from sparsify.runs import console, identity, planning, registry
 from sparsify.runs.planning import Part
@@ -35,7 +35,8 @@ def launch(arguments: list[str]) -> int:
     argv = sys.argv
     reported: list[Exception] = []
     try:
-        sys.argv = ["sparsify", *understood(arguments)]
+        flags, overrides = sorted_out(arguments)
+        sys.argv = ["sparsify", *flags, *understood(overrides)]
         main = hydra.main(version_base="1.3", config_path=str(paths.configs()), config_name="config")
         main(_task(reported))()
     except KeyboardInterrupt:
@@ -50,9 +51,11 @@ def launch(arguments: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     """`python -m sparsify`: a cell, or a sweep, which is not over while cells of it are missing or held by others."""
     code = launch(arguments)
-    if code or not {"-m", "--multirun"} & set(arguments) or any(a.startswith("hydra/sweeper") for a in arguments):
+    if code or not set(SWEEP) & set(arguments) or any(a.startswith("hydra/sweeper") for a in arguments):
         return code
-    overrides = [a for a in arguments if not a.startswith("-")]
+    flags, overrides = sorted_out(arguments)
+    if set(flags) - set(SWEEP):
+        return code
     return command("", lambda table, swept: unfinished(planning.parts_of(table, swept), table, swept), overrides)
 
 
@@ -108,6 +111,12 @@ def command(usage: str, run: Callable[[str | None, list[str]], int], arguments: 
         console.out().print(usage, markup=False)
         return 0
     try:
+        if dashed := [a for a in arguments if a.startswith("-") and a != "--"]:
+            sweep = "what is named is a sweep already: leave it out"
+            error = unknown_flag(dashed[0], "--help")
+            raise UsageError(
+                error.what, got=error.got, allowed="--help", fix=sweep if dashed[0] in SWEEP else error.fix
+            )
         tables = [a.partition("=")[2] for a in arguments if a.startswith("table=")]
         overrides = [a for a in arguments if not a.startswith("table=")]
         return run(tables[-1] if tables else None, understood(overrides))
@@ -181,7 +190,7 @@ def _unknown_key(error: BaseException) -> SparsifyError:
     text = " ".join(str(e) for e in (error, error.__cause__) if e is not None)
     match = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: ([\w.@/-]+)", text)
     if match is None:
-        return UsageError("The command line was not understood", got=" ".join(text.split())[:400])
+        return _not_understood(" ".join(text.split()))
     key = match.group(1)
     if "MandatoryMissing" in text or "Missing mandatory" in text or "mandatory value" in text:
         return UsageError(f"{key} must be given", fix=f"{key}=<value>")
@@ -192,11 +201,26 @@ def _unknown_key(error: BaseException) -> SparsifyError:
     if swaps := _of_another_component(key):
         return UsageError("The component chosen there has no such parameter", got=key, fix=" or ".join(swaps))
     known = _known_keys()
-    near = registry.suggest(key, known) or registry.suggest(key.rsplit(".", 1)[-1], known)
+    own, last = key.split(".")[0], key.rsplit(".", 1)[-1]
+    same = [k for k in known if k.startswith(f"{own}.") and k.endswith(f".{last}") and k != key]
+    near = same or registry.suggest(key, known) or registry.suggest(last, known)
     fix = f"did you mean {near[0]}" if near else "python -m sparsify --cfg job shows every key"
     owner = key.split(".")[0]
     where = f"; see configs/{owner}/" if (paths.configs() / owner).is_dir() else "; see configs/config.yaml"
     return UsageError("There is no config key of that name", got=key, allowed=", ".join(near) or None, fix=fix + where)
+
+
+def _not_understood(text: str) -> SparsifyError:
+    """What Hydra says of a line, with what to do about it."""
+    fixes = {
+        "add --multirun": "add -m, which runs one cell after the other",
+        "Could not delete": "leave it out: there is nothing of that name",
+        "Could not append": "leave the + out",
+    }
+    fix = next(
+        (fix for said, fix in fixes.items() if said in text), "python -m sparsify --help shows what can be typed"
+    )
+    return UsageError("The command line was not understood", got=text[:400], fix=fix)
 
 
 def _placed(owner: str) -> list[tuple[str, str, str]]:
@@ -244,15 +268,22 @@ def _with_parameter(group: str, name: str) -> list[str]:
     return [option for option in registry.names(group) if has.search(registry.find(group, option).read_text())]
 
 
+def _settings(tree: Mapping[str, Any]) -> list[str]:
+    """Keys of a YAML that may be set, and those one level below."""
+    own = {
+        str(k): v for k, v in tree.items() if not str(k).startswith("_") and k not in ("defaults", "hydra", "version")
+    }
+    inner = [f"{k}.{name}" for k, v in own.items() if isinstance(v, Mapping) for name in _settings(v)]
+    return [*own, *inner]
+
+
 def _known_keys() -> list[str]:
     """Groups, top-level keys and the parameters inside groups."""
     groups = [p.name for p in paths.configs().iterdir() if p.is_dir()]
     keys = set(groups)
     for file in paths.configs().rglob("*.yaml"):
-        tree = OmegaConf.load(file)
-        if isinstance(tree, DictConfig):
-            names = [str(k) for k in tree if not str(k).startswith("_") and k not in ("defaults", "hydra")]
-            group = file.relative_to(paths.configs()).parts[0]
+        group = file.relative_to(paths.configs()).parts[0]
+        if group not in ("hydra", "table", "experiment"):
             top = group in ("config.yaml", "scale")
-            keys |= {name if top else f"{group}.{name}" for name in names}
+            keys |= {name if top else f"{group}.{name}" for name in _settings(registry.read(file))}
     return sorted(keys)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from hydra.errors import HydraException
+
 from sparsify import paths
 from sparsify.errors import UsageError
-from sparsify.runs import registry
+from sparsify.runs import menu, registry
 
 
 def understood(arguments: list[str]) -> list[str]:
@@ -18,7 +20,85 @@ def understood(arguments: list[str]) -> list[str]:
     """
     for argument in arguments:
         _refuse_registration(argument)
-    return [quoted(argument) for argument in expand_model(arguments)]
+    read = [quoted(argument) for argument in expand_model(arguments)]
+    for argument in read:
+        if not argument.startswith("rows="):  # of a report, which is no setting of a cell
+            _refuse_unreadable(argument)
+    return read
+
+
+SWEEP = ("-m", "--multirun")
+FLAGS = (*SWEEP, "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-sc", "--shell-completion")
+VALUED = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir")
+"""Flags of Hydra that a value follows."""
+
+
+def sorted_out(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Flags with their values, and overrides, wherever in the line they stand.
+
+    Raises:
+        UsageError: a flag that there is not.
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    for argument in arguments:
+        if flags and flags[-1] in VALUED:
+            flags.append(argument)
+        elif not argument.startswith("-"):
+            overrides.append(argument)
+        elif argument.partition("=")[0] in (*FLAGS, *VALUED):
+            flags.append(argument)
+        else:
+            raise unknown_flag(argument, ", ".join((*SWEEP, "--cfg job", "--help", "and the others of Hydra")))
+    return flags, overrides
+
+
+def unknown_flag(argument: str, allowed: str) -> UsageError:
+    """The error for a flag that a command does not have; settings have no dashes."""
+    word = argument.strip("-")
+    fix = f"settings have no dashes: {word if '=' in word else (word or 'sparsity') + '=<value>'}"
+    return UsageError("There is no flag of that name", got=argument, allowed=allowed, fix=fix)
+
+
+def _refuse_unreadable(argument: str) -> None:
+    """What Hydra's grammar does not have, and values that its groups and folders cannot have."""
+    key, equals, value = argument.partition("=")
+    if not key.strip("+~ ") or not (equals or key.startswith("~")):
+        raise UsageError("A setting is typed as key=value", got=argument, fix=_guessed(argument))
+    try:
+        override = menu.parsed(argument)
+    except (HydraException, ValueError) as error:
+        fix = (
+            f"{key}={value.lstrip('= ')}"
+            if value.startswith("=")
+            else f"close every bracket and quote, or {_safe(argument)}"
+        )
+        raise UsageError("This setting cannot be read", got=argument, fix=fix) from error
+    if override.is_delete() or override.is_sweep_override():
+        return
+    group = override.key_or_group
+    if (paths.configs() / group).is_dir() and not isinstance(override.value(), str | list):
+        allowed = ", ".join(registry.names(group))
+        raise UsageError(
+            f"A {group} is chosen by name", got=argument, allowed=allowed, fix=f"{key}=<name>, or leave it out"
+        )
+    if group == "results" and override.value() in (None, ""):
+        raise UsageError("results is a folder", got=argument, fix="results=<folder>, or leave it out")
+
+
+def _guessed(argument: str) -> str:
+    """A setting for a bare word: the name of an option, if it is one."""
+    for group in ("pruner", "allocator", "model", "scale", "eval", "experiment"):
+        if argument in registry.names(group):
+            return f"{group}={argument}"
+    word = argument.strip("+~= ")
+    return f"{word}=<value>" if word else "leave it out"
+
+
+def _safe(argument: str) -> str:
+    """An argument so quoted that a shell and Hydra both leave its value alone."""
+    key, _, value = argument.partition("=")
+    return f"""in a shell "{key}='{value.strip("'" + '"')}'" if the value is text"""
 
 
 def _refuse_registration(argument: str) -> None:
@@ -50,7 +130,8 @@ def quoted(argument: str) -> str:
         return argument
     values = [value] if Path(value).expanduser().exists() else value.split(",")
     return f"{key}=" + ",".join(
-        part if re.fullmatch(r"[\w./*?:+-]+", part, re.ASCII) else _quote(part) for part in values
+        part if re.fullmatch(r"[\w./*?:+-]*[A-Za-z/*?][\w./*?:+-]*", part, re.ASCII) else _quote(part)
+        for part in values
     )
 
 

@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from sparsify.commands import cli, plan
 from sparsify.commands.cli import INTERRUPTED
-from sparsify.runs import console, identity, planning
+from sparsify.errors import DataError, UsageError
+from sparsify.runs import console, identity, planning, request
 from sparsify.runs.planning import Part
 
 USAGE = """python -m sparsify.sweep [table=NAME] [overrides]
@@ -37,7 +38,12 @@ class _CellFilter(AbstractFilter):  # type: ignore[misc]
         return identity.plain(config)
 
     def state(self) -> str:
-        return planning.state_of(self.cell, *identity.keys(self.cell))
+        """What the store knows; `refused` where the cell itself will say why it cannot be, while others go on."""
+        try:
+            request.check(self.cell)
+            return planning.state_of(self.cell, *identity.keys(self.cell))
+        except (UsageError, DataError):
+            return "refused"
 
 
 class Done(_CellFilter):
@@ -64,7 +70,7 @@ class Illegal(_CellFilter):
     """Drops cells outside the allocator's bounds; said aloud unless a table's grid asked for them."""
 
     def filter(self) -> bool:
-        error = planning.illegal(self.cell)
+        error = None if self.state() == "refused" else planning.illegal(self.cell)
         if error is not None and self.cell["sweep"]["of"] is None:
             console.warn(f"skipped: {error.paragraph()}")
         return error is not None

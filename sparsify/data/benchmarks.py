@@ -129,7 +129,7 @@ def find(task: str) -> Benchmark:
     """
     if task not in BENCHMARKS:
         near = difflib.get_close_matches(task, BENCHMARKS, n=1, cutoff=0.5)
-        fix = f"did you mean {near[0]}" if near else "pick one, or add it to sparsify/benchmarks.py"
+        fix = f"did you mean {near[0]}" if near else "pick one, or add it to sparsify/data/benchmarks.py"
         raise UsageError("There is no task of that name", got=task, allowed=", ".join(BENCHMARKS), fix=fix)
     return BENCHMARKS[task]
 

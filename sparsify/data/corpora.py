@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sparsify import paths
 from sparsify.data.documents import read as documents_of
-from sparsify.errors import DataError
+from sparsify.errors import DataError, UsageError
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class Corpus:
     hub: HubFiles | None = None
     path: str | None = None
     columns: tuple[str, ...] | list[str] = ("text",)
+
+    def __post_init__(self) -> None:
+        if not self.columns:
+            raise UsageError("A row has at least one column of text", got="columns=[]", fix="columns=[text]")
+        if self.path is not None and not self.path.strip():
+            raise UsageError("path is a file, or a glob of files", got=repr(self.path), fix="path=<file>")
 
     def texts(self, split: str) -> list[str]:
         """All documents of a split, in order.

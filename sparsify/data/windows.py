@@ -18,6 +18,12 @@ POOL = 24_000_000
 """Characters of text that `random` draws from: some 5 million tokens."""
 
 
+MOST_NOISE = 2**31
+"""Random token ids, of 8 bytes each, that are made for a model without tokenizer."""
+REDRAWN = 64
+"""How often samplers that draw may come back to the same text: more tokens than these times its characters are none."""
+
+
 @dataclass(frozen=True)
 class Windows:
     """Which windows of which text.
@@ -97,13 +103,27 @@ class Windows:
             DataError: the text is too short.
         """
         if tokenizer is None:
+            self._refuse_more_than(MOST_NOISE, "a random model")
             return self._noise(seed)
         documents = self.text.texts(self.split)
+        if self.sampler != "joined":
+            self._refuse_more_than(REDRAWN * sum(map(len, documents)), f"the text {self.text.name}")
         if self.bos is True:
             tokens = self._begun(documents, tokenizer, seed)
         else:
             tokens = self._draw(documents, tokenizer, seed)
         return TokenInputs(tokens, self.split, self._provenance(tokens))
+
+    def _refuse_more_than(self, tokens: int, what: str) -> None:
+        """Refuse a number of windows that nobody wants, before it fills the memory."""
+        count = self.windows or 1
+        if count * self.seqlen > tokens:
+            raise DataError(
+                f"These are more windows than {what} ({self.split} split) can give",
+                got=f"windows={self.windows} of {self.seqlen} tokens",
+                allowed=f"at most {tokens // self.seqlen}",
+                fix="fewer windows, or a shorter seqlen",
+            )
 
     def _draw(self, documents: list[str], tokenizer: Any, seed: int) -> Int[Tensor, "n seq"]:
         draw = {"joined": self._joined, "document": self._drawn, "random": self._placed}[self.sampler]
@@ -133,7 +153,7 @@ class Windows:
     def _placed(self, documents: list[str], tokenizer: Any, seed: int) -> Int[Tensor, "n seq"]:
         text = "\n\n".join(_first(documents, POOL))  # the same for every part
         ids = encode(tokenizer, text, self._special)
-        part = ids.tensor_split(self.stride)[self.offset]
+        part = ids.tensor_split(self.stride)[self.offset] if self.stride <= len(ids) else ids[:0]
         if len(part) < self.seqlen:
             raise DataError(
                 f"The text {self.text.name} ({self.split} split) is too short",

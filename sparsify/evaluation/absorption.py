@@ -14,6 +14,9 @@ from sparsify.data.windows import Windows
 from sparsify.evaluation.base import Subject
 from sparsify.types import Evaluation, Measurement, check_whole
 
+MOST = 10_000
+"""Draws, or followed blocks, whose drifts are all kept."""
+
 
 @dataclass(frozen=True)
 class AbsorptionCurves:
@@ -40,8 +43,8 @@ class AbsorptionCurves:
 
     def __post_init__(self) -> None:
         check_whole("limit", self.limit, or_null=True)
-        check_whole("seeds", self.seeds)
-        check_whole("followed", self.followed)
+        check_whole("seeds", self.seeds, most=MOST)
+        check_whole("followed", self.followed, most=MOST)
 
     def check(self, subject: Subject) -> None:
         """The text is there, and the model can read its windows."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from sparsify import paths
@@ -46,8 +47,8 @@ def parse_dtype(name: str) -> torch.dtype:
     Raises:
         UsageError: not one of float32, float16, bfloat16.
     """
-    if name not in DTYPES:
-        raise UsageError("Unknown dtype", got=name, allowed=", ".join(DTYPES))
+    if not isinstance(name, str) or name not in DTYPES:
+        raise UsageError("Unknown dtype", got=repr(name), allowed=", ".join(DTYPES), fix="dtype=float32")
     return DTYPES[name]
 
 
@@ -60,8 +61,11 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        if not isinstance(name, str):  # torch takes None for the CPU
+            raise TypeError(f"a device is text, and this is {type(name).__name__}")
+        if torch.empty(0, device=name).is_meta:
+            raise TypeError("a meta device has no numbers")
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UsageError(
             "This device is not available", got=name, allowed="auto, cpu, cuda, mps", fix="device=auto"
         ) from error
@@ -133,11 +137,18 @@ class ShapeModel:
         """Build the model on `device`; there is no tokenizer."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        options = dict(self.config)
-        config = AutoConfig.for_model(options.pop("model_type"), **options)
-        with torch.device(pick_device(device)):
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=parse_dtype(dtype))
+        options, where, torch_dtype = dict(self.config), pick_device(device), parse_dtype(dtype)
+        try:
+            config = AutoConfig.for_model(options.pop("model_type", None), **options)
+            with torch.device(where):
+                torch.manual_seed(0)
+                model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+        except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
+            raise UsageError(
+                f"transformers makes no model of the configuration of {self.name}",
+                got=str(error)[:200],
+                fix="leave model.config.* as configs/model/shape has them",
+            ) from error
         return finished(model, None)
 
 

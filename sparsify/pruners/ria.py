@@ -6,6 +6,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from sparsify.errors import UsageError
 from sparsify.model.statistics import NORM, LayerStats, Needs
 from sparsify.pruners.base import ScorePruner
 from sparsify.pruners.masks import Group
@@ -28,6 +29,13 @@ class RIA(ScorePruner):
     needs: ClassVar[Needs] = frozenset({NORM})
     group: Group = "matrix"
     a: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.a <= 10:
+            raise UsageError(
+                "a is the exponent of the input norm", got=self.a, allowed="0 <= a <= 10", fix="pruner.a=0.5"
+            )
 
     def score(self, weight: Float[Tensor, "out inp"], stats: LayerStats) -> Float[Tensor, "out inp"]:
         size = weight.float().abs()

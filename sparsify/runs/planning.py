@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from sparsify.errors import UsageError
-from sparsify.runs import identity, menu, registry
+from sparsify.runs import identity, menu, registry, request
 from sparsify.runs.identity import Config
 from sparsify.runs.records import Store
 
@@ -76,6 +76,7 @@ def _choices(override: str) -> list[str]:
 
 def _planned(job: tuple[str, ...]) -> PlannedCell:
     config = menu.compose(job)
+    request.check(config)
     key, evaluations = identity.keys(config)
     return PlannedCell(job, config, key, evaluations, state_of(config, key, evaluations))
 

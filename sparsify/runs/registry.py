@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -13,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from sparsify import paths
-from sparsify.errors import SparsifyError, UsageError
+from sparsify import paths, schema
+from sparsify.errors import UsageError
 from sparsify.runs.former_paths import FORMER_PATHS
 
 _FORMER_NAMES = {path: name for name, path in FORMER_PATHS.items()}
@@ -175,7 +176,13 @@ def build(group: str, spec: Spec) -> Any:
                 allowed=", ".join(known),
                 fix=f"did you mean {near[0]}" if near else None,
             )
-    return make(OmegaConf.merge(config, dict(options)))
+    try:
+        merged = OmegaConf.merge(config, dict(options))
+    except OmegaConfBaseException as error:
+        got = f"{dict(options)!r}"[:200]
+        allowed = "numbers, text, lists and mappings as the config has them"
+        raise UsageError(f"The parameters of {group} {name} do not fit it", got=got, allowed=allowed) from error
+    return make(merged, group)
 
 
 def composed(group: str, name: str) -> DictConfig:
@@ -229,18 +236,13 @@ def located(function: str) -> Any:
     return getattr(import_module(module), name)
 
 
-def _refuse_foreign(node: Any) -> None:
-    """Let a config build components and nothing else: a `_target_` may name anything that can be imported.
+def _class_of(target: str) -> type[Any]:
+    """The class of a `_target_`, which may name anything that can be imported: components and nothing else are built.
 
     Raises:
         UsageError: a class of another package (those that `SPARSIFY_COMPONENTS` lists are one's own), or no class.
     """
-    for inner in node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ():
-        _refuse_foreign(inner)
-    if not isinstance(node, Mapping) or "_target_" not in node:
-        return
     own = ("sparsify", *filter(None, os.environ.get("SPARSIFY_COMPONENTS", "").split(",")))
-    target = str(node["_target_"])
     found = None
     if target.split(".")[0] in own:
         with suppress(ImportError, AttributeError):
@@ -252,6 +254,7 @@ def _refuse_foreign(node: Any) -> None:
             allowed=f"classes of {', '.join(own)}",
             fix="SPARSIFY_COMPONENTS=<your package> in the environment, for components of your own",
         )
+    return found
 
 
 def check(node: Any, sparsity: float, num_blocks: int) -> None:
@@ -266,32 +269,85 @@ def check(node: Any, sparsity: float, num_blocks: int) -> None:
         located(node["_check_"])(node, sparsity, num_blocks)
 
 
-def make(config: Any) -> Any:
-    """Instantiate a config node, letting our own errors through as they are.
+def make(config: Any, where: str = "") -> Any:
+    """The component of a config node, every value checked against the type of its field.
+
+    Args:
+        config: the node, composed.
+        where: its place in the config (`allocator`), for messages.
 
     Raises:
         SparsifyError: what the component itself refused.
-        UsageError: the keys do not fit the component, or its version is not that of its code.
+        UsageError: the keys or values do not fit the component, or its version is not that of its code.
     """
     node: Any = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
-    if missing := [key for key, value in node.items() if value == "???"]:
-        raise UsageError(f"{missing[0]} must be given", got=name_of("", node), fix=f"{missing[0]}=<value>")
-    _refuse_foreign(node)
-    try:
-        component = instantiate(_without_reserved(node), _convert_="all")
-    except InstantiationException as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, SparsifyError):
-                raise cause from None
-            cause = cause.__cause__
-        raise UsageError(
-            f"The config of {node['_target_']} does not fit it", got=str(error.__cause__ or error)[:400]
-        ) from error
-    version = getattr(type(component), "version", None)
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        fix = f"leave {where} out, or choose one by name"
+        raise UsageError(f"{where or 'A component'} is chosen by name", got=repr(node)[:80], fix=fix)
+    return _made(node, where or name_of("", node))
+
+
+def _made(node: Any, where: str) -> Any:
+    """A node with all components inside it built, innermost first."""
+    if isinstance(node, list):
+        return [_made(item, f"{where}[{i}]") for i, item in enumerate(node)]
+    if not isinstance(node, Mapping):
+        return node
+    if "_target_" not in node:
+        return {key: _made(value, f"{where}.{key}") for key, value in node.items()}
+    kind = _class_of(str(node["_target_"]))
+    version = getattr(kind, "version", None)
     if node.get("version", version) != version:
-        raise refused_version("version", node["version"], version)
-    return component
+        raise refused_version(f"{where}.version", node["version"], version)
+    values = {key: _made(node[key], f"{where}.{key}") for key in node if key not in ("_target_", *RESERVED)}
+    return _build(kind, values, where)
+
+
+def _build(kind: type[Any], values: dict[str, Any], where: str) -> Any:
+    if missing := [key for key, value in values.items() if value == "???"]:
+        raise UsageError(f"{missing[0]} must be given", got=kind.__name__, fix=f"{where}.{missing[0]}=<value>")
+    if dataclasses.is_dataclass(kind):
+        values = _checked(kind, values, where)
+    try:
+        return kind(**values)
+    except TypeError as error:
+        got = f"{kind.__name__}: {error}"
+        raise UsageError(
+            f"The values of {where} do not fit it", got=got, fix=f"leave {where}'s parameters out"
+        ) from error
+
+
+def _checked(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values, if they are what the fields of the dataclass say; where one is not, its default is the fix."""
+    try:
+        fitting = schema.values_of(kind, values, where)
+        for key, value in fitting.items():
+            _refuse_infinite(value, f"{where}.{key}")
+    except UsageError as error:
+        if error.fix is not None:
+            raise
+        fix = _default_of(kind, values, where, error)
+        raise UsageError(error.what, got=error.got, allowed=error.allowed, fix=fix) from None
+    return fitting
+
+
+def _default_of(kind: type[Any], values: dict[str, Any], where: str, error: UsageError) -> str:
+    """What to type instead of the value that was refused: the whole number that it is, or the default."""
+    name = re.split(r"[ .\[]", error.what.removeprefix(f"{where}."))[0]
+    given = values.get(name)
+    if "a whole number" in str(error.allowed) and isinstance(given, float) and given.is_integer() and given < 2**63:
+        return f"{where}.{name}={int(given)}"
+    default = {field.name: field.default for field in dataclasses.fields(kind)}.get(name)
+    if default is None or default is dataclasses.MISSING:
+        return f"leave {where}.{name} as its config has it"
+    return f"{where}.{name}={str(default).lower() if isinstance(default, bool) else default}"
+
+
+def _refuse_infinite(value: Any, where: str) -> None:
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        _refuse_infinite(inner, where)
+    if isinstance(value, float) and not math.isfinite(value):
+        schema.refuse(value, where, "a finite number")
 
 
 def refused_version(key: str, got: Any, allowed: Any = None) -> UsageError:
@@ -302,11 +358,3 @@ def refused_version(key: str, got: Any, allowed: Any = None) -> UsageError:
         allowed=allowed,
         fix=f"leave {key} out",
     )
-
-
-def _without_reserved(node: Any) -> Any:
-    if isinstance(node, list):
-        return [_without_reserved(item) for item in node]
-    if not isinstance(node, Mapping):
-        return node
-    return {key: _without_reserved(value) for key, value in node.items() if key not in RESERVED}
