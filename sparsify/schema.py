@@ -85,7 +85,7 @@ def _plain(kind: Any, tree: Any, where: str) -> Any:
     if kind is int and isinstance(tree, int) and abs(tree) >= 2**63:
         refuse(str(tree), where, "a whole number of 64 bits")
     if (isinstance(tree, bool) and kind is not bool) or not isinstance(tree, kind):
-        refuse(tree, where, WORDS.get(kind.__name__, f"a component: a {kind.__name__}, chosen by name"))
+        refuse(tree, where, WORDS.get(kind.__name__, f"a component ({kind.__name__}), which is chosen by name"))
     return tree
 
 

@@ -95,7 +95,7 @@ def _recipe(config: Config) -> Recipe:
         registry.make(config["allocator"], "allocator"),
         registry.make(config["method"], "method"),
         config["pattern"],
-        config["sparsity"],
+        identity.sparsity_of(config),
         objective=registry.make(objective, "objective") if objective else None,
         stages={name: registry.make(config[name], name) for name in STAGES if config.get(name)},
     )

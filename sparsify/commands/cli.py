@@ -56,7 +56,28 @@ def main(arguments: list[str]) -> int:
     flags, overrides = sorted_out(arguments)
     if set(flags) - set(SWEEP):
         return code
-    return command("", lambda table, swept: unfinished(planning.parts_of(table, swept), table, swept), overrides)
+
+    def finish(table: str | None, swept: list[str]) -> int:
+        parts = planning.parts_of(table, swept)
+        refuse_nothing(parts)
+        return unfinished(parts, table, swept)
+
+    return command("", finish, overrides)
+
+
+def refuse_nothing(parts: Sequence[Part]) -> None:
+    """A sweep in which there is no cell to run did not do what was asked.
+
+    Raises:
+        UsageError: no cells, or none that can be.
+    """
+    cells = [cell for part in parts for cell in part.cells]
+    if all(cell.state == "illegal" for cell in cells):
+        raise UsageError(
+            "This sweep has no cells that could be run",
+            got=f"{console.counted(len(cells), 'cell')}, outside the bounds of their allocators" if cells else "0 cells",
+            fix="values within the bounds" if cells else "a list of values, as in sparsity=0.5,0.6",
+        )
 
 
 def unfinished(parts: Sequence[Part], table: str | None, overrides: Sequence[str]) -> int:
@@ -192,6 +213,11 @@ def _unknown_key(error: BaseException) -> SparsifyError:
     if match is None:
         return _not_understood(" ".join(text.split()))
     key = match.group(1)
+    if "Cannot merge" in text:
+        fix = f"leave {key} as its config has it: python -m sparsify --cfg job"
+        return UsageError(f"The value of {key} is of another kind", got=text.partition(" Cannot")[0], fix=fix)
+    if inner := re.search(rf"is not in struct\s+full_key: ({re.escape(key)}\.[\w.]+)", text):
+        key = inner.group(1)
     if "MandatoryMissing" in text or "Missing mandatory" in text or "mandatory value" in text:
         return UsageError(f"{key} must be given", fix=f"{key}=<value>")
     if "@" in key:

@@ -91,6 +91,7 @@ def run(table: str | None, overrides: list[str]) -> int:
     """
     parts = planning.parts_of(table, overrides)
     plan.show(parts, table)
+    cli.refuse_nothing(parts)
     code, tried, waiting = 0, set[str](), 0
     while code != INTERRUPTED:
         missing = {cell.key for part in parts for cell in part.missing}

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sparsify import paths
+from sparsify.errors import UsageError
 from sparsify.runs import content, registry
 from sparsify.types import Pattern, check_sparsity, without_noise
 
@@ -65,8 +66,10 @@ def sparsity_of(config: Config) -> float:
     Raises:
         UsageError: there is none, or it is no fraction below one.
     """
-    implied = Pattern.parse(config["pattern"]).sparsity
-    return check_sparsity(implied if config["sparsity"] is None else config["sparsity"])
+    pattern = Pattern.parse(config["pattern"])
+    if config["sparsity"] is None and pattern.sparsity is None:
+        raise UsageError("This pattern needs a sparsity", got=str(pattern), fix="sparsity=0.75")
+    return check_sparsity(pattern.sparsity if config["sparsity"] is None else config["sparsity"])
 
 
 def run_key(config: Config) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsify.errors import UsageError
 from sparsify.runs import registry
-from sparsify.runs.identity import Config
+from sparsify.runs.identity import Config, sparsity_of
 from sparsify.types import check_seed, check_whole
 
 PARTS = {"model": "smollm2-135m", "method": "oneshot", "pruner": "wanda", "allocator": "uniform", "eval": "perplexity"}
@@ -34,6 +34,7 @@ def check(config: Config) -> None:
     if lacking := [key for key in PLAIN if key not in config]:
         raise UsageError(f"{lacking[0]} must be given", fix=f"{lacking[0]}=<value>")
     _check_sweep(config["sweep"])
+    sparsity_of(config)
     check_seed(config["seed"])
     check_whole("batch_size", config["batch_size"], or_null=True)
     check_whole("model.num_blocks", config["model"].get("num_blocks"), or_null=True)

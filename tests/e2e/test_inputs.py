@@ -1,0 +1,293 @@
+"""What people type and hand over by mistake: one paragraph with a fix that fits, never a traceback."""
+
+import json
+import math
+import re
+from dataclasses import fields, is_dataclass
+
+import pytest
+import torch
+
+import sparsify
+from sparsify.commands import cli, export, plan, sweep
+from sparsify.errors import SparsifyError, UnexpectedError
+from sparsify.report import __main__ as report
+from sparsify.runs import registry
+
+FILE = "data@{0}.text=file"
+OWN = ["model={inputs}/model", *(f"data@{p}.text=file" for p in ("calibration", "heldout", "test"))]
+TEXTS = [*OWN, *(f"{p}.text.path={{inputs}}/long.txt" for p in ("calibration", "heldout", "test")), "test.stride=1"]
+
+
+def text(path):
+    return [*TEXTS, f"calibration.text.path={path}"]
+
+
+TYPED = {
+    # sparsity and pattern
+    "sparsity=nan": "0.7",
+    "sparsity=1.0": "0 <= sparsity < 1",
+    "sparsity=-0.1": "0 <= sparsity < 1",
+    "sparsity=50": "sparsity=0.5",
+    "sparsity=abc": "sparsity=0.7",
+    "sparsity=false": "sparsity=0.7",
+    "sparsity=true": "sparsity=0.7",
+    "sparsity=null": "sparsity=",
+    "sparsity=[0.5]": "sparsity=0.7",
+    "sparsity=": "''",
+    "sparsity=1e300": "sparsity=0.7",
+    "pattern=3:2": "pattern=2:4",
+    "pattern=2:4 sparsity=0.7": "sparsity=0.5",
+    "pattern=mixed:1": "M >= 2|2 <= M",
+    "pattern=mixed:abc": "mixed:M",
+    "pattern=0:4": "1 <= N",
+    "pattern='2:4:8'": "N:M",
+    "pattern=null": "pattern=unstructured",
+    "pattern=2.4": "pattern=2:4",
+    "pattern=9999:99999999999": "65536",
+    "pattern=2:4 sparsity=null allocator=owl": "allocator=uniform",
+    # plain values
+    "seed=-1": "0 to 4294967295",
+    "seed=1180591620717411303424": "seed=4294967295",
+    "seed=1.5": "whole number",
+    "seed=abc": "whole number",
+    "seed=null": "whole number",
+    "seed=true": "whole number",
+    "batch_size=0": "batch_size=1",
+    "batch_size=1.5": "or null",
+    "device=cpuu": "device=auto",
+    "device=null": "device=auto",
+    "device=cuda:99": "device=auto",
+    "device=5": "device=auto",
+    "device=meta": "device=auto",
+    "dtype=float8": "dtype=float32",
+    "dtype=[float32]": "dtype=float32",
+    "dtype=null": "float16",
+    "results=": "results=",
+    "results=''": "results=",
+    "results=null": "results=<folder>",
+    "keep=maybe": "keep=true",
+    "part=5": "part=null",
+    "part=nothing": "leave part out",
+    "sweep=null": "leave sweep out",
+    "sweep.of=abc": "leave sweep out",
+    # windows
+    "calibration.windows=0": "windows >= 1",
+    "calibration.windows=-1": "windows >= 1",
+    "calibration.windows=1.5": "whole number",
+    "calibration.windows=1e8": "calibration.windows=100000000",
+    "calibration.windows=100000000000": "at most",
+    "calibration.windows=null": "windows=128",
+    "calibration.seqlen=1": "seqlen >= 2",
+    "calibration.seqlen=abc": "whole number",
+    "calibration.seqlen=10000000000000": "shorter seqlen",
+    "test.stride=0": "stride >= 1",
+    "test.stride=1e3": "test.stride=1000",
+    "test.offset=-1": "0 <= offset",
+    "test.sampler=documents": "test.sampler=document",
+    "test.bos=maybe": "test.bos=auto",
+    "test.bos=1": "true or false",
+    "test=null": "leave test out",
+    "calibration=abc": "calibration.windows",
+    # names
+    "model=null": "model=<name>",
+    "pruner=null": "wanda",
+    "pruner=5": "wanda",
+    "pruner={wanda: 1}": "pruner=<name>",
+    "pruner=''": "wanda",
+    "pruner=wnada": "pruner=wanda",
+    "prunner=wanda": "did you mean pruner",
+    "pruner.grup=row": "pruner.group",
+    "pruner.group=rwo": "pruner.group=row",
+    "pruner.version=7": "leave pruner.version out",
+    "allocator=owll": "allocator=owl",
+    "allocator=owl allocator.lamm=0.1": "allocator.lam",
+    "allocator.nothing=1": "configs/",
+    "scale=huge": "embedded, paper",
+    "scale=null": "embedded",
+    "eval=perplexityy": "eval=perplexity",
+    "experiment=nothing": "atp/",
+    "recovery=abc": "recovery",
+    "data@calibration.text=c5": "c4",
+    "data@calibration.text=null": "sotu",
+    "data@nothing=c4": "every place",
+    "hydra/launcher=nothing": "launcher",
+    "sparsty=0.5": "did you mean sparsity",
+    "model.config={a: 1}": "model.config.a",
+    "model.config=5": "a mapping",
+    "model.config.model_type=nothing": "configs/model/shape",
+    "model.config.hidden_size=abc": "configs/model/shape",
+    # evaluations
+    "eval=zeroshot": "eval=perplexity",
+    "eval=zeroshot eval.tasks=[boolqq]": "did you mean boolq",
+    "eval=zeroshot eval.tasks=5": "eval.tasks=[boolq,rte]",
+    "eval=zeroshot eval.tasks={boolq: 1}": "eval.tasks",
+    "eval.tasks=boolq": "eval=zeroshot",
+    "eval=zeroshot eval.limit=0": ">= 1",
+    "eval=zeroshot eval.limit=-1": ">= 1",
+    "eval=zeroshot eval.limit=1.5": "whole number",
+    "eval=zeroshot eval.harness.shots=-1": ">= 0",
+    "eval=zeroshot eval.harness.shots=3": "Allowed: 0",
+    "eval=zeroshot eval.shots=3": "eval.harness.shots",
+    "eval=zeroshot eval.harness=null": "leave eval.harness",
+    "eval.test=5": "leave eval.test",
+    # components
+    "allocator=atp allocator.step=1e-9": "at most 10000",
+    "allocator=atp allocator.beta=0.9": "-0.333",
+    "allocator=search allocator.trials=100000000000": "trials=1000000",
+    "allocator=absorption allocator.inner=owl": "chosen by name",
+    "allocator=absorption allocator.seeds=1000000000": "seeds=10000",
+    "allocator=blend allocator.parts=null": "a mapping",
+    "allocator=blend allocator.weights=[1,2]": "auto",
+    "allocator=from_file": "allocator.file=<value>",
+    "allocator=from_file allocator.file=/nothing.json": "existing file",
+    "pruner=sparsegpt pruner.damp=nan": "finite",
+    "pruner=ria pruner.a=-1": "pruner.a=0.5",
+    # the grammar
+    "sparsity==0.5": "sparsity=0.5",
+    "sparsity=[0.5": "bracket",
+    "sparsity=(0.5": "bracket",
+    "sparsity='0.5": "quote",
+    "=": "key=value",
+    "+": "key=value",
+    "~": "key=value",
+    "~nothing": "leave it out",
+    "~sparsity": "sparsity must be given",
+    "~pruner": "pruner=wanda",
+    "sparsity": "sparsity=<value>",
+    "wanda": "pruner=wanda",
+    "--sparsity=0.5": "no dashes: sparsity=0.5",
+    "-x": "no dashes",
+    "+sparsity=0.6": "leave the + out",
+    "pruner=wanda,magnitude": "add -m",
+    "experiment=atp/beta_curve": "-m experiment=atp/beta_curve",
+    # sweeps
+    "-m sparsity=": "0 <= sparsity",
+    "-m sparsity=choice()": "bracket",
+    "-m sparsity=range(0.5,0.5)": "no cells",
+    "pruner=wnada,wanda -m": "pruner=wanda",
+    "-m experiment=nothing": "atp/",
+    "-m seed=0,abc sparsity=0.5": "whole number",
+    # models
+    "model={x}/nothing": "model=./folder",
+    "model={x}/file.txt": "model=./folder",
+    "model={x}/empty": "config.json",
+    "model={x}/config_only": "folder's files are whole|weights",
+    "model={x}/pointer": "git lfs",
+    "model={x}/truncated": "whole",
+    "model={x}/encoder": "decoder",
+    "model={x}/encoder_decoder": "decoder",
+    "model={x}/quantised": "quantise after",
+    "model=smollm2-135m,org/name": "one sweep each|add -m",
+    "model=nobody/nothing": "spelling",
+}
+
+TEXT_FILES = {
+    "missing.txt": "existing file",
+    "empty.txt": "empty",
+    "short.txt": "joined sampler",
+    "latin.txt": "iconv",
+    "binary.txt": "UTF-8",
+    "column.jsonl": "text.columns",
+    "object.json": "text.columns|one row a line",
+    "broken.jsonl": "one row a line",
+    "numbers.jsonl": "strings",
+    "rows.parquet": "text.columns",
+    "no.parquet": "download",
+    "no.txt.gz": "download",
+    "folder": "/*.txt",
+    "pointer.txt": "git lfs pull",
+}
+
+
+def unfinished_words(code, err):
+    assert code in (1, 2)
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    assert "Unexpected" not in err
+
+
+@pytest.fixture(scope="module")
+def x(tmp_path_factory, inputs, make_model):
+    """Folders that are no models, and files that are no texts."""
+    import pandas
+    from safetensors.torch import load_file, save_file
+    from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+    root = tmp_path_factory.mktemp("x")
+    (root / "file.txt").write_text("no model")
+    (root / "empty").mkdir()
+    (root / "folder").mkdir()
+    for name in ("config_only", "pointer", "truncated", "quantised"):
+        make_model().save_pretrained(root / name)
+    (root / "config_only/model.safetensors").unlink()
+    (root / "pointer/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    whole = (root / "truncated/model.safetensors").read_bytes()
+    (root / "truncated/model.safetensors").write_bytes(whole[: len(whole) // 2])
+    config = json.loads((root / "quantised/config.json").read_text())
+    (root / "quantised/config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    small = {"vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(**small, intermediate_size=16)).save_pretrained(root / "encoder")
+    shape = T5Config(vocab_size=96, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(shape).save_pretrained(root / "encoder_decoder")
+    assert load_file and save_file
+    (root / "empty.txt").write_text(" \n")
+    (root / "short.txt").write_text("a b " * 10)
+    (root / "latin.txt").write_bytes("a é b ".encode("latin-1") * 100)
+    (root / "binary.txt").write_bytes(bytes(range(256)) * 10)
+    (root / "column.jsonl").write_text('{"body": "a b"}\n' * 50)
+    (root / "object.json").write_text('{"body": "a b"}')
+    (root / "broken.jsonl").write_text('{"text": "a b"\n')
+    (root / "numbers.jsonl").write_text('{"text": 5}\n' * 50)
+    pandas.DataFrame({"body": ["a b"] * 50}).to_parquet(root / "rows.parquet")
+    (root / "no.parquet").write_text("no")
+    (root / "no.txt.gz").write_text("no")
+    (root / "pointer.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    return root
+
+
+@pytest.fixture
+def refused(tiny, results, capsys, inputs, x, monkeypatch, tmp_path):
+    """Run a command that must be refused in one paragraph with these words."""
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("SPARSIFY_DATA", raising=False)
+
+    def run(command, arguments, words):
+        capsys.readouterr()
+        try:
+            code = command([a.format_map(_Places(inputs, x)) for a in arguments])
+        except SystemExit as end:
+            code = end.code
+        err = capsys.readouterr().err
+        unfinished_words(code, err)
+        assert re.search("|".join(map(re.escape, words.split("|"))), err), err
+
+    return run
+
+
+class _Places(dict):
+    """`{x}` and `{inputs}` are folders; other braces stay."""
+
+    def __init__(self, inputs, x):
+        super().__init__(inputs=inputs, x=x)
+
+
+def _arguments(line):
+    """Split at spaces outside braces."""
+    return re.findall(r"(?:\{[^}]*\}|\S)+", line)
+
+
+@pytest.mark.parametrize("line", TYPED)
+def test_what_is_typed_by_mistake_is_one_paragraph(refused, tiny, results, line):
+    arguments = [a if a.startswith("model={") and a.count("{") == 1 and "config" not in a.partition("=")[0] else a for a in _arguments(line)]
+    escaped = [a if re.search(r"\{(x|inputs)\}", a) else a.replace("{", "{{").replace("}", "}}") for a in arguments]
+    refused(cli.main, [*tiny, f"results={results}", *escaped], TYPED[line])
+
+
+@pytest.mark.parametrize("name", TEXT_FILES)
+def test_a_text_that_is_none_is_one_paragraph(refused, tiny, results, name):
+    refused(cli.main, [*tiny, f"results={results}", *text(f"{{x}}/{name}")], TEXT_FILES[name])
