@@ -16,7 +16,7 @@ HIGH = 0.99
 """No layer is pruned beyond this unless its rule asks for it."""
 
 
-def check_room(node: Mapping[str, Any], sparsity: float, num_blocks: int) -> None:
+def check_room(node: Mapping[str, Any], sparsity: float, num_blocks: int, pattern: Pattern) -> None:
     """Refuse a budget that leaves a search no room to move sparsity between layers.
 
     Raises:
@@ -133,7 +133,7 @@ def apply_pattern(plan: SparsityPlan, layers: LayerTable, pattern: Pattern) -> S
     """
     if pattern.group is None:
         return plan
-    _check_widths(layers, pattern.group)
+    check_widths(layers, pattern.group)
     if pattern.kept is not None:
         _check_uniform(plan, pattern)
         levels = {layer.name: pattern.kept for layer in layers}
@@ -161,7 +161,12 @@ def _within_pattern(plan: SparsityPlan, layers: LayerTable, group: int) -> Spars
     return fit_plan(layers, plan.sparsities(), min(plan.ledger.clipped, high), high=high)
 
 
-def _check_widths(layers: LayerTable, group: int) -> None:
+def check_widths(layers: LayerTable, group: int) -> None:
+    """Refuse an M that does not divide every layer's inputs.
+
+    Raises:
+        PatternError: naming the first layer.
+    """
     for layer in layers:
         if layer.in_features % group:
             fitting = [m for m in (2, 4, 8, 16, 32) if all(x.in_features % m == 0 for x in layers)]

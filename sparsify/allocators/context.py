@@ -1,7 +1,7 @@
 """What an allocator may ask: the dense model, its statistics, and how good a plan is. Answered lazily, remembered."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +20,7 @@ from sparsify.pruners.base import Pruner
 from sparsify.search.levels import Place, level_proxy
 from sparsify.search.proxy import Proxy
 from sparsify.search.ranks import RankProxy
-from sparsify.types import Pattern, SparsityPlan
+from sparsify.types import Pattern, SparsityPlan, Target
 
 
 @runtime_checkable
@@ -107,6 +107,13 @@ class Context:
     def proxy(self, samples: int | None) -> AbstractContextManager[RankProxy]:
         """Wanda masks by rank, on the first calibration inputs; the model is dense again when it closes."""
         return RankProxy(self.view, self._dense(), first(self.calibration, samples), self.objective).closing()
+
+    @contextmanager
+    def dense_proxy(self, samples: int | None) -> Iterator[RankProxy]:
+        """The same with its ranks taken in the dense model."""
+        with self.proxy(samples) as proxy:
+            proxy.settle({layer.name: Target(0.0) for layer in self.view.table})
+            yield proxy
 
     def level_proxy(
         self, samples: int | None, levels: Sequence[int], place: Place = "memory"

@@ -68,7 +68,7 @@ class Cell:
             raise UsageError("keep is true or false", got=config["keep"], fix="keep=true")
         recipe = _recipe(config)
         if blocks := config["model"].get("num_blocks"):
-            registry.check(config["allocator"], recipe.sparsity, blocks)
+            registry.check(config["allocator"], recipe.sparsity, blocks, recipe.pattern)
         pick_device(config["device"])
         parse_dtype(config["dtype"])
         key, evaluation_keys = identity.keys(config)
