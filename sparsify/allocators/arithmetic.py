@@ -43,7 +43,7 @@ class Arithmetic(Allocator):
             raise UsageError("The step of the beta grid is positive", got=self.step, fix="allocator.step=0.002")
 
     def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
-        check_beta({"beta": self.beta}, sparsity, layers.num_blocks)
+        check_beta({"beta": self.beta}, sparsity, layers.num_blocks, context.pattern)
         if self.beta == "auto":
             return self._search(layers, sparsity, context)
         return by_block(layers, progression(sparsity, float(self.beta), layers.num_blocks), high=1.0)

@@ -130,7 +130,9 @@ class Context:
         """
         group = self.pattern.group
         if self.pruner is None or group is None:
-            raise UsageError("Levels are those of a pruner and of N:M", got=f"pattern={self.pattern}", allowed="mixed:M")
+            raise UsageError(
+                "Levels are those of a pruner and of N:M", got=f"pattern={self.pattern}", allowed="mixed:M"
+            )
         inputs = first(self.calibration, samples)
         return level_proxy(self.view, self._dense(), inputs, self.objective, self.pruner, group, levels, place)
 

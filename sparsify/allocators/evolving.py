@@ -1,4 +1,4 @@
-"""What allocators with an evolution share: what a genome means, its measuring, its checkpoint, and the winner as a plan.
+"""What allocators with an evolution share: the meaning of a genome, its fitness, the checkpoint, the winner as a plan.
 
 No torch at the top: a plan refuses what is impossible without loading any.
 """
@@ -172,9 +172,7 @@ class Evolving(Allocator):
         context.progress("generation", self.generations + 1, self.generations + 1)
         return evolution
 
-    def _begun(
-        self, levels: Levels, layers: LayerTable, context: Context, scheme: Scheme
-    ) -> tuple[Evolution, float]:
+    def _begun(self, levels: Levels, layers: LayerTable, context: Context, scheme: Scheme) -> tuple[Evolution, float]:
         """The search from its start, or from where a killed run left it, and the seconds that it has had."""
         saved = context.checkpoint.load() if context.checkpoint is not None else None
         if isinstance(saved, Mapping) and saved.get("question") == self._question(levels, context):
@@ -229,9 +227,7 @@ def mean_level(sparsity: float, group: int) -> Fraction:
     return group * (1 - Fraction(sparsity).limit_denominator(10**9))
 
 
-def level_bounds(
-    sparsity: float, pattern: Pattern, step: float, low: int | None, high: int | None
-) -> tuple[int, int]:
+def level_bounds(sparsity: float, pattern: Pattern, step: float, low: int | None, high: int | None) -> tuple[int, int]:
     """Fewest and most kept of M; of an unstructured grid the lowest and highest step.
 
     By default N is within M/4 of the mean, rounded outwards, and at least 1: for M = 8 that is 1..4 at 75% and 2..6 at

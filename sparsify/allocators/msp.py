@@ -114,8 +114,7 @@ class MSP(Evolving):
 
 
 def thirds(sensitivities: Sequence[float]) -> list[int]:
-    """+1 for the third with the largest sensitivity, -1 for that with the smallest, 0 between; the earlier of equals
-    counts as the smaller."""
+    """+1 for the third with the largest sensitivity, -1 for that with the smallest; earlier ones among equals."""
     count = len(sensitivities)
     order = sorted(range(count), key=lambda i: sensitivities[i])
     steps = [0] * count

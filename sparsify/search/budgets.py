@@ -99,7 +99,7 @@ class Budget:
         if debt == 0:
             return tuple(levels)
         sums, below = [1], [0]
-        for count, gene in enumerate(order, 1):
+        for gene in order:
             down, up = self._room(levels, gene, window)
             sums.append(_smeared(sums[-1], self.sizes[gene], down + up))
             below.append(below[-1] + down * self.sizes[gene])
@@ -108,7 +108,7 @@ class Budget:
         else:
             return None
         new = list(levels)
-        for k in range(count - 1, -1, -1):
+        for k in range(len(sums) - 2, -1, -1):
             gene, (down, up) = order[k], self._room(levels, order[k], window)
             step = next(
                 step

@@ -191,8 +191,8 @@ class Evolution:
         pool = list(dict.fromkeys([*self.elites, *self.candidates]))
         self.elites = self._ranked(pool)[: self.scheme.elites]
         self.stale = 0 if self.best[1] < before or self.generation == 0 else self.stale + 1
-        row = {"generation": self.generation, "evaluations": len(self.memo), "seconds": seconds, "loss": self.best[1]}
-        self.history.append(row)
+        counts = {"generation": float(self.generation), "evaluations": float(len(self.memo))}
+        self.history.append(counts | {"seconds": seconds, "loss": self.best[1]})
         self.generation, self.stage = self.generation + 1, 0
         self.candidates = [] if self.done else self._children()
 

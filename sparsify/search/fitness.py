@@ -1,4 +1,4 @@
-"""How good a pruned model is to a search: its loss, or how far it is from the dense model, on more text stage by stage."""
+"""How good a pruned model is to a search: its loss, or its divergence from the dense model, on text in stages."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -60,7 +60,8 @@ class LevelStore(ModelProxy):
     @property
     def nbytes(self) -> int:
         """Size of the store."""
-        return len(self.stored) * sum(layer.weight.nbytes for layer in self.view.layers)
+        one: int = sum(layer.weight.nbytes for layer in self.view.layers)
+        return len(self.stored) * one
 
     @contextmanager
     def closing(self) -> Iterator[Any]:

@@ -87,9 +87,7 @@ class ModelProxy(ABC):
 
     def loss(self, inputs: Inputs) -> float:
         """Mean loss in nats per prediction of the model as it is pruned now; infinite if not a number."""
-        mean = mean_loss(
-            self.view.model, inputs, self.objective, batch_size=self.batch_size, loss=self._prepared
-        )
+        mean = mean_loss(self.view.model, inputs, self.objective, batch_size=self.batch_size, loss=self._prepared)
         return mean if math.isfinite(mean) else math.inf
 
     def dense_weight(self, layer: Layer) -> Float[Tensor, "out inp"]:
