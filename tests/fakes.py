@@ -32,7 +32,7 @@ class FakeContext(Context):
         self.features = [torch.randn(2, 9, 6) for _ in range(table.num_blocks)]
         self.calibration = self.heldout = TokenInputs(torch.zeros(5, 4, dtype=torch.long))
         self.seed, self.memo, self.pattern, self.pruner = seed, {}, Pattern(), None
-        self.batch_size, self.objective = None, NextToken()
+        self.batch_size, self.objective, self.checkpoint = None, NextToken(), None
         self.reported, self.scored = [], []
 
     def progress(self, phase, done, total):
@@ -78,12 +78,12 @@ class FakeProxy:
     settled: int = 0
     plan: dict[str, float] = field(default_factory=dict)
 
-    def settle(self, sparsities):
+    def settle(self, targets):
         self.settled += 1
-        self.plan = dict(sparsities)
+        self.apply(targets)
 
-    def apply(self, sparsities):
-        self.plan = dict(sparsities)
+    def apply(self, targets):
+        self.plan = {name: target.sparsity for name, target in targets.items()}
 
     def loss(self, inputs):
         return sum((self.plan[name] - value) ** 2 for name, value in self.best.items())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sparsify.allocators.base import Allocator, finite_or_none
 from sparsify.allocators.profile import Profile, by_block
 from sparsify.errors import NumericsError, UsageError
-from sparsify.types import LayerTable
+from sparsify.types import LayerTable, Pattern
 
 if TYPE_CHECKING:
     from sparsify.allocators.context import Context
@@ -43,7 +43,7 @@ class Arithmetic(Allocator):
             raise UsageError("The step of the beta grid is positive", got=self.step, fix="allocator.step=0.002")
 
     def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
-        check_beta({"beta": self.beta}, sparsity, layers.num_blocks)
+        check_beta({"beta": self.beta}, sparsity, layers.num_blocks, context.pattern)
         if self.beta == "auto":
             return self._search(layers, sparsity, context)
         return by_block(layers, progression(sparsity, float(self.beta), layers.num_blocks), high=1.0)
@@ -86,7 +86,7 @@ class RelativeProgression(Allocator):
         return replace(Arithmetic(beta).profile(layers, sparsity, context), notes={"beta": beta})
 
 
-def check_beta(node: Mapping[str, Any], sparsity: float, num_blocks: int) -> None:
+def check_beta(node: Mapping[str, Any], sparsity: float, num_blocks: int, pattern: Pattern) -> None:
     """Refuse a beta that would ask a block for a sparsity outside [0, 1].
 
     Raises:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from sparsify.errors import BudgetError, NumericsError, PatternError, UsageError
+from sparsify.search.budgets import Budget
 from sparsify.types import LayerTable, Ledger, Pattern, SparsityPlan, Target
 
 Adjust = Callable[[float, float], float]
@@ -16,7 +18,7 @@ HIGH = 0.99
 """No layer is pruned beyond this unless its rule asks for it."""
 
 
-def check_room(node: Mapping[str, Any], sparsity: float, num_blocks: int) -> None:
+def check_room(node: Mapping[str, Any], sparsity: float, num_blocks: int, pattern: Pattern) -> None:
     """Refuse a budget that leaves a search no room to move sparsity between layers.
 
     Raises:
@@ -133,7 +135,7 @@ def apply_pattern(plan: SparsityPlan, layers: LayerTable, pattern: Pattern) -> S
     """
     if pattern.group is None:
         return plan
-    _check_widths(layers, pattern.group)
+    check_widths(layers, pattern.group)
     if pattern.kept is not None:
         _check_uniform(plan, pattern)
         levels = {layer.name: pattern.kept for layer in layers}
@@ -161,7 +163,12 @@ def _within_pattern(plan: SparsityPlan, layers: LayerTable, group: int) -> Spars
     return fit_plan(layers, plan.sparsities(), min(plan.ledger.clipped, high), high=high)
 
 
-def _check_widths(layers: LayerTable, group: int) -> None:
+def check_widths(layers: LayerTable, group: int) -> None:
+    """Refuse an M that does not divide every layer's inputs.
+
+    Raises:
+        PatternError: naming the first layer.
+    """
     for layer in layers:
         if layer.in_features % group:
             fitting = [m for m in (2, 4, 8, 16, 32) if all(x.in_features % m == 0 for x in layers)]
@@ -189,7 +196,8 @@ def _round_to_levels(plan: SparsityPlan, layers: LayerTable, group: int) -> dict
     """Kept-of-M for every layer, at least one; layers of a block that share a sparsity stay together.
 
     Starts from rounding down and moves one bucket by one level at a time, each within one level of its exact value,
-    as long as that brings the total nearer to the budget (largest remainder first among equals).
+    as long as that brings the total nearer to the budget (largest remainder first among equals). Where buckets differ
+    in size that may end short of a budget that other roundings meet: then these are taken.
     """
     exact: dict[tuple[int, float], float] = {}
     weight: dict[tuple[int, float], int] = {}
@@ -204,10 +212,37 @@ def _round_to_levels(plan: SparsityPlan, layers: LayerTable, group: int) -> dict
         key, step = move
         kept[key] += step
         missing -= step * weight[key]
+    if abs(missing) > 1e-6:
+        kept = _nearer(exact, weight, kept, group)
     return {layer.name: kept[layer.block, plan.targets[layer.name].sparsity] for layer in layers}
 
 
 _Bucket = tuple[int, float]
+
+
+def _nearer(
+    exact: Mapping[_Bucket, float], weight: Mapping[_Bucket, int], kept: dict[_Bucket, int], group: int
+) -> dict[_Bucket, int]:
+    """The levels moved to the total nearest to the budget that rounding every bucket up or down can give.
+
+    Those move whose other rounding is nearest to their exact value.
+    """
+    keys = list(exact)
+    low = [min(max(1, math.floor(exact[key] + 1e-9)), group) for key in keys]
+    high = [min(max(1, math.ceil(exact[key] - 1e-9)), group) for key in keys]
+    sizes, now = [weight[key] for key in keys], [kept[key] for key in keys]
+    wanted = Fraction(sum(exact[key] * weight[key] for key in keys))
+    wanted = max(min(wanted, Fraction(_dot(sizes, high))), Fraction(_dot(sizes, low)))
+    budget = Budget.nearest(sizes, low, high, wanted / sum(sizes))
+    other = [abs(a + b - n - exact[key]) for key, a, b, n in zip(keys, low, high, now, strict=True)]
+    found = budget.settled(now, sorted(range(len(keys)), key=lambda i: other[i]))
+    if found is None or abs(_dot(sizes, found) - wanted) >= abs(_dot(sizes, now) - wanted) - Fraction(1, 10**6):
+        return kept
+    return dict(zip(keys, found, strict=True))
+
+
+def _dot(sizes: Sequence[int], levels: Sequence[int]) -> int:
+    return sum(size * level for size, level in zip(sizes, levels, strict=True))
 
 
 def _best_move(

@@ -1,10 +1,10 @@
 """What an allocator may ask: the dense model, its statistics, and how good a plan is. Answered lazily, remembered."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -17,8 +17,18 @@ from sparsify.model.statistics import LayerStats, Needs
 from sparsify.model.walk import Walk
 from sparsify.progress import Progress, silent
 from sparsify.pruners.base import Pruner
+from sparsify.search.levels import Place, level_proxy
 from sparsify.search.proxy import Proxy
-from sparsify.types import Pattern, SparsityPlan
+from sparsify.search.ranks import RankProxy
+from sparsify.types import Pattern, SparsityPlan, Target
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """Keeps the state of a long search where a killed run finds it again (`methods.checkpoint.Checkpoint`)."""
+
+    def load(self) -> Any | None: ...
+    def save(self, state: Any) -> None: ...
 
 
 @dataclass
@@ -38,6 +48,7 @@ class Context:
         pattern: of the run, which trial plans are rounded to.
         seed: of searches that draw.
         progress: told of trials and blocks.
+        checkpoint: of a search's own; None where nothing is kept.
     """
 
     view: BlockView
@@ -52,6 +63,7 @@ class Context:
     pattern: Pattern = field(default_factory=Pattern)
     seed: int = 0
     progress: Progress = silent
+    checkpoint: Keeper | None = None
 
     def weights(self) -> Mapping[str, Tensor]:
         """Dense weights by layer name, each [out, inp], where the model is."""
@@ -92,10 +104,40 @@ class Context:
         assert self.try_plan is not None
         return self.try_plan(plan)
 
-    def proxy(self, samples: int | None) -> AbstractContextManager[Proxy]:
-        """A cheap stand-in for pruning, on the first calibration inputs; the model is dense again when it closes."""
-        dense = self.snapshot() if self.snapshot is not None else self.view.snapshot()
-        return Proxy(self.view, dense, first(self.calibration, samples), self.objective).closing()
+    def proxy(self, samples: int | None) -> AbstractContextManager[RankProxy]:
+        """Wanda masks by rank, on the first calibration inputs; the model is dense again when it closes."""
+        return RankProxy(self.view, self._dense(), first(self.calibration, samples), self.objective).closing()
+
+    @contextmanager
+    def dense_proxy(self, samples: int | None) -> Iterator[RankProxy]:
+        """The same with its ranks taken in the dense model."""
+        with self.proxy(samples) as proxy:
+            proxy.settle({layer.name: Target(0.0) for layer in self.view.table})
+            yield proxy
+
+    def level_proxy(
+        self, samples: int | None, levels: Sequence[int], place: Place = "memory"
+    ) -> AbstractContextManager[Proxy]:
+        """The run's pruner at levels of the run's N:M pattern; the model is dense again when it closes.
+
+        Args:
+            samples: calibration inputs, the first ones; all for None.
+            levels: kept counts that plans may ask for.
+            place: of weights that have to be stored.
+
+        Raises:
+            UsageError: there is no pruner or no group of M, or what must be stored does not fit.
+        """
+        group = self.pattern.group
+        if self.pruner is None or group is None:
+            raise UsageError(
+                "Levels are those of a pruner and of N:M", got=f"pattern={self.pattern}", allowed="mixed:M"
+            )
+        inputs = first(self.calibration, samples)
+        return level_proxy(self.view, self._dense(), inputs, self.objective, self.pruner, group, levels, place)
+
+    def _dense(self) -> DenseModel:
+        return self.snapshot() if self.snapshot is not None else self.view.snapshot()
 
     def once(self, key: Any, make: Callable[[], Any], *, of_weights: bool = False) -> Any:
         """`make()`, computed once per dense model and inputs (or per model, where it is `of_weights` alone)."""

@@ -20,7 +20,7 @@ from sparsify.types import LayerTable, SparsityPlan, check_whole
 if TYPE_CHECKING:
     from sparsify.allocators.context import Context
     from sparsify.data.inputs import Inputs
-    from sparsify.search.proxy import Proxy
+    from sparsify.search.ranks import RankProxy
 
 LONGEST = 4.0
 """A layer moves at most this many times the mean step."""
@@ -32,7 +32,7 @@ class Equimarginal(Allocator):
 
     At the best split of a budget no layer can give a zero to another at a profit: the derivative of the loss by the
     number of zeros is the same in every layer (the Lagrange condition of the budget). One backward pass of the pruned
-    model gives all these derivatives at once (`Proxy.marginal_costs`), where a search by trial needs a forward pass
+    model gives all these derivatives at once (`RankProxy.marginal_costs`), where a search by trial needs a forward pass
     for each. Every step moves sparsity from layers in which a zero costs more than the mean to those in which it
     costs less; every `settle_every` steps the masks are settled by a propagated walk, and the best settled plan wins.
 
@@ -83,7 +83,7 @@ class Equimarginal(Allocator):
             return self._descend(start, layers, sparsity, context, proxy)
 
     def _descend(
-        self, profile: Profile, layers: LayerTable, sparsity: float, context: Context, proxy: Proxy
+        self, profile: Profile, layers: LayerTable, sparsity: float, context: Context, proxy: RankProxy
     ) -> Profile:
         text, rng, began = context.heldout_inputs(), np.random.default_rng(context.seed), time.perf_counter()
         direction = np.zeros(len(layers))
@@ -92,7 +92,7 @@ class Equimarginal(Allocator):
         context.progress("step", 0, self.steps + 1)
         for step in range(self.steps + 1):
             if step % self.settle_every == 0 or step == self.steps:
-                proxy.settle(plan.sparsities())
+                proxy.settle(plan.targets)
                 loss = proxy.loss(text)
                 log.append(_trial(step, loss, time.perf_counter() - began))
                 if loss < best_loss:
@@ -103,13 +103,13 @@ class Equimarginal(Allocator):
                 rate = self.rate * 0.8 ** (3 * step // self.steps)
                 profile = moved(plan, direction, rate, layers)
                 plan = profile.fitted(layers, sparsity)
-                proxy.apply(plan.sparsities())
+                proxy.apply(plan.targets)
             context.progress("step", step + 1, self.steps + 1)
         if not math.isfinite(best_loss):
             raise NumericsError("No step of the descent gave a finite perplexity", got=log, fix="a lower sparsity")
         return replace(best, trials=tuple(log), notes={"heldout_perplexity": math.exp(best_loss)})
 
-    def _costs(self, proxy: Proxy, text: Inputs, layers: LayerTable) -> Float[ndarray, " layers"]:
+    def _costs(self, proxy: RankProxy, text: Inputs, layers: LayerTable) -> Float[ndarray, " layers"]:
         """Marginal cost of a zero in every layer, less the mean over all weights."""
         by_layer = proxy.marginal_costs(text, self.band)
         costs = np.array([by_layer[layer.name] for layer in layers])

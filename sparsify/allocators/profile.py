@@ -23,6 +23,8 @@ class Profile:
         high: no layer is pruned more.
         adjust: how all values move until the budget is met: `shift` (OWL, ATP) or `scale` (AlphaPruning).
         exact: whether they move. False is for released rules that miss their budget, for comparison only.
+        levels: whether the values are whole levels of the pattern already, as near to the budget as those come; a
+            pattern then rounds nothing.
         notes: what the record keeps: JSON-ready.
         trials: what a search tried, in order.
     """
@@ -32,6 +34,7 @@ class Profile:
     high: float = HIGH
     adjust: Adjust = shift
     exact: bool = True
+    levels: bool = False
     notes: Mapping[str, Any] = field(default_factory=dict)
     trials: tuple[Trial, ...] = ()
 
@@ -44,7 +47,7 @@ class Profile:
         """
         if odd := {layer.name for layer in layers} ^ set(self.values):
             raise BudgetError("A profile has a value for every layer", got=f"{sorted(odd)[0]} on one side only")
-        if self.exact:
+        if self.exact and not (self.levels and pattern and pattern.group):
             plan = fit_plan(layers, self.values, sparsity, adjust=self.adjust, low=self.low, high=self.high)
         else:
             plan = as_is_plan(layers, self.values, sparsity)

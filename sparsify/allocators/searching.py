@@ -18,7 +18,7 @@ from sparsify.allocators.profile import Profile
 from sparsify.errors import NumericsError, UsageError
 from sparsify.search.algorithms import ALGORITHMS
 from sparsify.search.spaces import Space
-from sparsify.types import LayerTable, check_whole
+from sparsify.types import LayerTable, Target, check_whole
 
 MOST_TRIALS = 1_000_000
 """Each trial is a plan in the log: more than these end in no time and no memory."""
@@ -87,12 +87,12 @@ class Searching:
         context.progress("trial", 0, self.trials)
         with context.proxy(self.windows) as proxy:
             if self.statistics == "dense":
-                proxy.settle(dict.fromkeys((layer.name for layer in layers), 0.0))
+                proxy.settle({layer.name: Target(0.0) for layer in layers})
             prune = proxy.apply if self.statistics == "dense" else proxy.settle
 
             def objective(point: Float[ndarray, " dim"]) -> float:
                 profile = Profile(space.profile(point))
-                prune(profile.fitted(layers, sparsity).sparsities())
+                prune(profile.fitted(layers, sparsity).targets)
                 loss = proxy.loss(text)
                 profiles.append(profile)
                 log.append({"heldout_perplexity": _perplexity(loss), "seconds": time.perf_counter() - start})

@@ -62,7 +62,7 @@ class Cell:
         request.check(config)
         recipe = _recipe(config)
         if blocks := config["model"].get("num_blocks"):
-            registry.check(config["allocator"], recipe.sparsity, blocks)
+            registry.check(config["allocator"], recipe.sparsity, blocks, recipe.pattern)
         pick_device(config["device"])
         parse_dtype(config["dtype"])
         parts = {name: registry.make(config[name], name) for name in ("model", "calibration", "heldout", "test")}

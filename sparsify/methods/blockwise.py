@@ -111,7 +111,7 @@ class BlockwisePruning:
         walk = Walk(view, inputs, self.batch_size, needs=needs) if needs and last >= 0 else None
         for block in range(total):
             for layer, stats in self._observed(walk if block <= last else None, view, block, needs):
-                known = _joined(stats, gradients.get(layer.spec.name))
+                known = stats.joined(gradients.get(layer.spec.name))
                 rows.append(prune_layer(layer, known, self.pruner, plan.targets[layer.spec.name], masks))
             if walk is not None and block < last and self.regime != "dense":
                 walk.advance(block)
@@ -137,13 +137,6 @@ class BlockwisePruning:
         else:
             stats = walk.observe(block, needs, advance=self.regime == "dense")
             yield from ((layers[name], stats[name]) for name in layers)
-
-
-def _joined(stats: LayerStats, gradients: LayerStats | None) -> LayerStats:
-    """Statistics of a layer's input, shared with its neighbours, and those of its own gradient."""
-    if gradients is None:
-        return stats
-    return LayerStats(stats.samples, {**stats.values, **gradients.values}, stats.memo, stats.seen)
 
 
 def prune_layer(

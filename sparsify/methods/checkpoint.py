@@ -13,10 +13,16 @@ class Checkpoint:
 
     Args:
         folder: of the cell, or None.
+        part: whose state it is, where several keep one in the same folder.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.file = folder / "checkpoint.pt" if folder is not None else None
+    def __init__(self, folder: Path | None = None, part: str = "") -> None:
+        self.folder = folder
+        self.file = folder / f"checkpoint{part and '.'}{part}.pt" if folder is not None else None
+
+    def of(self, part: str) -> "Checkpoint":
+        """Another one in the same folder, for something inside a method that has a state of its own."""
+        return Checkpoint(self.folder, part)
 
     def load(self) -> Any | None:
         """The last state that was saved, None if there is none; a damaged file is set aside, with a warning."""
@@ -43,6 +49,8 @@ class Checkpoint:
         os.replace(draft, self.file)
 
     def clear(self) -> None:
-        """Forget it: the work is done and recorded."""
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
+        """Forget it and those of all parts: the work is done and recorded."""
+        if self.folder is not None:
+            for file in self.folder.glob("checkpoint*.pt"):
+                if not file.name.endswith(".damaged.pt"):
+                    file.unlink(missing_ok=True)

@@ -88,6 +88,7 @@ class Job:
             pattern=self.pattern,
             seed=self.seed,
             progress=self.progress,
+            checkpoint=None if changed else self.checkpoint.of("allocator"),
         )
         return allocate(self.allocator, self.view.table, sparsity, context, self.pattern)
 

@@ -3,7 +3,7 @@
 All matrices' gradients at once are as large as the model. In the backward pass each one exists alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,16 +13,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsify.data.inputs import Inputs
+from sparsify.errors import NumericsError
 from sparsify.model.blocks import BlockView
 from sparsify.model.objective import Objective
 from sparsify.model.prunable import Layer
 from sparsify.model.statistics import Accumulator, LayerStats, Needs
+from sparsify.progress import Progress, silent
 
 Fold = Callable[[Layer, Float[Tensor, "out inp"]], None]
 """Takes a layer and its gradient, which is gone afterwards."""
 
 LARGE = 1_000_000_000
 """Prunable weights beyond which activations are computed again in the backward pass instead of being kept."""
+
+SCALES = (1024.0, 128.0, 16.0, 2.0)
+"""Factors of a half-precision loss: its gradients underflow unscaled and overflow scaled too much."""
 
 
 def layer_gradients(view: BlockView, loss: Callable[[], Tensor], fold: Fold) -> None:
@@ -45,29 +50,67 @@ def layer_gradients(view: BlockView, loss: Callable[[], Tensor], fold: Fold) -> 
             loss().backward(inputs=list(stored))  # type: ignore[no-untyped-call]
 
 
-def gradient_statistics(view: BlockView, inputs: Inputs, needs: Needs, objective: Objective) -> dict[str, LayerStats]:
+def gradient_statistics(
+    view: BlockView, inputs: Inputs, needs: Needs, objective: Objective, progress: Progress = silent
+) -> dict[str, LayerStats]:
     """Statistics of per-sample gradients of the model as it stands, by layer name.
 
     Each sample has a backward pass of its own, so that what is folded (a square, say) is of one sample and the size of
-    a batch means nothing.
+    a batch means nothing. A sample's loss is the mean over its predictions. What is folded is in single precision; in
+    fp16 the loss is scaled for the backward pass, by a power of two and no more than the gradients allow.
 
     Args:
         view: the model.
-        inputs: samples whose mean loss counts.
+        inputs: the samples.
         needs: statistics that read a gradient.
         objective: the loss.
+        progress: told after each sample.
+
+    Raises:
+        NumericsError: a gradient is not finite at any loss scale; the message names its layer.
     """
-    sums = {layer.spec.name: Accumulator(needs) for layer in view.layers}
+    half = any(layer.stored.dtype == torch.float16 for layer in view.layers)
+    for scale in SCALES if half else (1.0,):
+        sums = {layer.spec.name: Accumulator(needs) for layer in view.layers}
+        broken = _fold_samples(view, inputs, objective, sums, scale, progress)
+        if broken is None:
+            return {name: accumulator.finalise(len(inputs)) for name, accumulator in sums.items()}
+    raise NumericsError(
+        f"The gradient of the loss by {broken} is not finite",
+        got=f"{view.layers[0].weight.dtype}",
+        fix="dtype=bfloat16 or float32" if half else "a model that is not broken: look at its perplexity",
+    )
+
+
+def _fold_samples(
+    view: BlockView,
+    inputs: Inputs,
+    objective: Objective,
+    sums: Mapping[str, Accumulator],
+    scale: float,
+    progress: Progress,
+) -> str | None:
+    """Fold one sample's gradients after the other's; the name of a layer whose gradient is not finite stops it."""
     loss = objective.prepare(view.model, inputs)
     for i in range(len(inputs)):
         sample = inputs.take(slice(i, i + 1))
+        finite: dict[str, Tensor] = {}
 
-        def mean(sample: Inputs = sample) -> Tensor:
+        def scaled(sample: Inputs = sample) -> Tensor:
             batch = sample.batch(slice(0, 1), view.device)
-            return loss(view.model, batch) / objective.predictions(sample)
+            return loss(view.model, batch) * (scale / objective.predictions(sample))
 
-        layer_gradients(view, mean, lambda layer, gradient: sums[layer.spec.name].fold(gradient, 1))
-    return {name: accumulator.finalise(len(inputs)) for name, accumulator in sums.items()}
+        def fold(layer: Layer, gradient: Float[Tensor, "out inp"], finite: dict[str, Tensor] = finite) -> None:
+            plain = gradient.float() / scale
+            finite[layer.spec.name] = torch.isfinite(plain).all()
+            sums[layer.spec.name].fold(plain, 1)
+
+        layer_gradients(view, scaled, fold)
+        # The backward pass meets the last block first: what is wrong there has spoilt the others.
+        if broken := [name for name, good in finite.items() if not good]:
+            return broken[0]
+        progress("window", i + 1, len(inputs))
+    return None
 
 
 @contextmanager

@@ -60,7 +60,12 @@ class NextToken:
 
 
 def mean_loss(
-    model: nn.Module, inputs: Inputs, objective: Objective | None = None, *, batch_size: int | None = None
+    model: nn.Module,
+    inputs: Inputs,
+    objective: Objective | None = None,
+    *,
+    batch_size: int | None = None,
+    loss: Loss | None = None,
 ) -> float:
     """Mean loss in nats per prediction of the model as it stands; not finite where the model is broken.
 
@@ -69,10 +74,11 @@ def mean_loss(
         inputs: what it is measured on.
         objective: the loss; next tokens for None.
         batch_size: samples per forward; None picks one for the device.
+        loss: what the objective prepared for this model before, if it has.
     """
     objective = objective or NextToken()
     device = next(model.parameters()).device
-    loss = objective.prepare(model, inputs)
+    loss = loss or objective.prepare(model, inputs)
     total = torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad():
         for where in batches(inputs, batch_size or batch_size_for(device, inputs.length)):

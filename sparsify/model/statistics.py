@@ -125,6 +125,12 @@ class LayerStats:
         gram: Tensor = self[GRAM]
         return gram
 
+    def joined(self, gradients: "LayerStats | None") -> "LayerStats":
+        """Statistics of a layer's input, shared with its neighbours, and those of its own gradient."""
+        if gradients is None:
+            return self
+        return LayerStats(self.samples, {**self.values, **gradients.values}, self.memo, self.seen)
+
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """`make()`, computed the first time and remembered."""
         if key not in self.memo:

@@ -52,6 +52,7 @@ class ScorePruner:
         group: which weights compete with each other: `row`, `matrix` or `columns` (slabs of 128 inputs).
     """
 
+    needs: ClassVar[Needs]
     group: Group = "row"
     version: int = 1
 

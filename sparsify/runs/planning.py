@@ -10,6 +10,7 @@ from sparsify.errors import UsageError
 from sparsify.runs import identity, menu, registry, request
 from sparsify.runs.identity import Config
 from sparsify.runs.records import Store
+from sparsify.types import Pattern
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def illegal(config: Config) -> UsageError | None:
     if not blocks:
         return None
     try:
-        registry.check(config["allocator"], identity.sparsity_of(config), blocks)
+        pattern = Pattern.parse(config["pattern"])
+        registry.check(config["allocator"], identity.sparsity_of(config), blocks, pattern)
     except UsageError as error:
         return error
     return None

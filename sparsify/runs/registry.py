@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sparsify import paths, schema
 from sparsify.errors import UsageError
 from sparsify.runs.former_paths import FORMER_PATHS
+from sparsify.types import Pattern
 
 _FORMER_NAMES = {path: name for name, path in FORMER_PATHS.items()}
 
@@ -41,7 +42,8 @@ RESERVED = ("_since_", "_reads_", "_check_")
   run's key is what it was before the field existed.
 - `_reads_: {name: function}`: content from outside the config that its numbers depend on, made part of a run's identity
   under that name by `function(node)`.
-- `_check_: function`: refuses, by `function(node, sparsity, num_blocks)`, what is impossible whatever the weights are.
+- `_check_: function`: refuses, by `function(node, sparsity, num_blocks, pattern)`, what is impossible whatever the
+  weights are.
 
 Functions are named by import path and lie in modules without torch.
 """
@@ -257,16 +259,16 @@ def _class_of(target: str) -> type[Any]:
     return found
 
 
-def check(node: Any, sparsity: float, num_blocks: int) -> None:
+def check(node: Any, sparsity: float, num_blocks: int, pattern: Pattern | None = None) -> None:
     """Let a component and all components inside it refuse, by their `_check_`, what no weights could make possible.
 
     Raises:
         UsageError: with the legal range in the message.
     """
     for inner in node.values() if isinstance(node, Mapping) else ():
-        check(inner, sparsity, num_blocks)
+        check(inner, sparsity, num_blocks, pattern)
     if isinstance(node, Mapping) and "_check_" in node:
-        located(node["_check_"])(node, sparsity, num_blocks)
+        located(node["_check_"])(node, sparsity, num_blocks, pattern or Pattern())
 
 
 def make(config: Any, where: str = "") -> Any:

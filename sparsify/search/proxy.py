@@ -1,147 +1,122 @@
-"""Pruning by rank: any plan on a whole model in milliseconds, so that a search can try thousands of them."""
+"""Stand-ins for pruning: any plan on a whole model in milliseconds, so that a search can try thousands of them."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from sparsify.data.inputs import Inputs, batches
-from sparsify.errors import NumericsError
+from sparsify.data.inputs import Inputs
+from sparsify.errors import UsageError
 from sparsify.model.blocks import BlockView
 from sparsify.model.dense import DenseModel
-from sparsify.model.gradients import layer_gradients
 from sparsify.model.objective import Objective, batch_size_for, mean_loss
 from sparsify.model.prunable import Layer
-from sparsify.model.statistics import NORM
-from sparsify.model.walk import Walk
-from sparsify.pruners.masks import num_zeros
-from sparsify.pruners.wanda import wanda_scores
+from sparsify.types import LayerSpec, Target
+
+
+@runtime_checkable
+class Proxy(Protocol):
+    """A model that takes on any plan at once: by rank (`ranks`), or from stored weights (`levels`)."""
+
+    def closing(self) -> AbstractContextManager[Any]:
+        """Leave the model dense, whatever happened inside."""
+
+    def apply(self, targets: Mapping[str, Target]) -> None:
+        """Prune by a plan, a target for every layer by name."""
+
+    def loss(self, inputs: Inputs) -> float:
+        """Mean loss in nats per prediction of the model as it is pruned now; infinite if not a number."""
 
 
 @dataclass
-class Proxy:
-    """A model under Wanda masks whose ranks stay fixed while plans are tried: a cheap stand-in for pruning it.
-
-    A weight's rank among the Wanda scores of its output row is taken once, at a reference plan (`settle`). From then
-    on pruning by another plan is one comparison per weight. At the reference plan the masks are those of propagated
-    Wanda pruning on the same text; the further a plan is from it, the rougher they are. With the dense model as
-    reference they are those of the `dense` regime.
+class ModelProxy(ABC):
+    """A proxy that writes into the model itself, and only what a plan changes.
 
     Attributes:
-        view: the model; `closing` puts its weights back.
+        view: the model; dense when this is made, and `closing` makes it so again.
         dense: the model before pruning.
         inputs: for calibration.
         objective: the loss.
-        ranks: of every weight in its row, lowest score first, [out, inp] by layer name.
-        zeros: per row, of the plan in place.
+        current: what each layer holds now, as `wanted` names it.
     """
 
     view: BlockView
     dense: DenseModel
     inputs: Inputs
     objective: Objective
-    ranks: dict[str, Tensor] = field(default_factory=dict)
-    zeros: dict[str, int] = field(default_factory=dict)
+    current: dict[str, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.batch_size = batch_size_for(self.view.device, self.inputs.length)
+        self._prepared = self.objective.prepare(self.view.model, self.inputs)
+        self._near: dict[str, Tensor] = {}  # dense weights on their devices
+        self._keep_near = fits(self.view, sum(x.weight.nbytes for x in self.view.layers))
+
+    @abstractmethod
+    def wanted(self, layer: LayerSpec, target: Target) -> int:
+        """A number that says what the layer holds under a target."""
+
+    @abstractmethod
+    def write(self, layer: Layer, wanted: int) -> None:
+        """Put it there."""
 
     @contextmanager
-    def closing(self) -> Iterator["Proxy"]:
+    def closing(self) -> Iterator[Any]:
         """Leave the model dense, whatever happened."""
         try:
             yield self
         finally:
             self.view.restore(self.dense)
+            self.current.clear()
+            self._near.clear()
 
     @torch.no_grad()
-    def settle(self, sparsities: Mapping[str, float]) -> None:
-        """Take the ranks from a propagated walk that prunes by this plan; the model is left pruned by it."""
-        self.view.restore(self.dense)
-        walk = Walk(self.view, self.inputs, self.batch_size)
-        last = len(self.view.blocks) - 1
-        for block in range(last + 1):
-            stats = walk.observe(block, frozenset({NORM}))
-            for layer in self.view.layers_of(block):
-                self.ranks[layer.spec.name] = row_ranks(wanda_scores(layer.weight, stats[layer.spec.name].norm))
-                self._write(layer, sparsities[layer.spec.name])
-            if block < last:
-                walk.advance(block)
-
-    @torch.no_grad()
-    def apply(self, sparsities: Mapping[str, float]) -> None:
-        """Prune by another plan, with the ranks as they are."""
+    def apply(self, targets: Mapping[str, Target]) -> None:
+        """Prune by another plan; layers that stay as they are are not touched."""
         for layer in self.view.layers:
-            self._write(layer, sparsities[layer.spec.name])
-
-    def _write(self, layer: Layer, sparsity: float) -> None:
-        name = layer.spec.name
-        self.zeros[name] = num_zeros(layer.spec.in_features, sparsity)
-        layer.write(self._dense(layer) * (self.ranks[name] >= self.zeros[name]))
-
-    def _dense(self, layer: Layer) -> Float[Tensor, "out inp"]:
-        """The dense weight on the layer's device, for as long as it is used."""
-        return self.dense[layer.spec.name].to(layer.weight.device, non_blocking=True)
+            wanted = self.wanted(layer.spec, targets[layer.spec.name])
+            if self.current.get(layer.spec.name) != wanted:
+                self.write(layer, wanted)
+                self.current[layer.spec.name] = wanted
 
     def loss(self, inputs: Inputs) -> float:
         """Mean loss in nats per prediction of the model as it is pruned now; infinite if not a number."""
-        mean = mean_loss(self.view.model, inputs, self.objective, batch_size=self.batch_size)
+        mean = mean_loss(self.view.model, inputs, self.objective, batch_size=self.batch_size, loss=self._prepared)
         return mean if math.isfinite(mean) else math.inf
 
-    def marginal_costs(self, inputs: Inputs, band: float) -> dict[str, float]:
-        """What pruning one weight more in each layer adds to the loss, to first order, in nats per prediction.
-
-        The weights just above and just below the threshold of their row are the next to go and the next to come back.
-        Setting such a weight to zero changes the loss by -g w, with g its gradient where the model stands now (of a
-        weight that is zero already, too); the mean over the band is the derivative of the loss by the number of zeros.
-
-        Args:
-            inputs: whose loss counts.
-            band: width of the band as a fraction of the row, half of it on either side.
-
-        Raises:
-            NumericsError: a gradient is not finite at any loss scale.
-        """
-        loss = self.objective.prepare(self.view.model, inputs)
-        scale = 1024.0
-        while scale >= 1.0:  # half-precision gradients underflow unscaled and overflow scaled too much
-            costs = dict.fromkeys(self.dense, 0.0)
-            for where in batches(inputs, max(1, self.batch_size // 2)):
-                batch = inputs.batch(where, self.view.device)
-                factor = scale / self.objective.predictions(inputs)
-                products = self._band_products(lambda: loss(self.view.model, batch) * factor, band)  # noqa: B023
-                costs = {name: cost + products[name] / scale for name, cost in costs.items()}
-            if all(math.isfinite(cost) for cost in costs.values()):
-                return costs
-            scale /= 8
-        raise NumericsError("The gradient of the pruned model's loss is not finite", fix="dtype=bfloat16 or float32")
-
-    def _band_products(self, loss: Callable[[], Tensor], band: float) -> dict[str, float]:
-        """Mean of -g w over every layer's band, by layer name."""
-        products: dict[str, Tensor] = {}
-
-        def price(layer: Layer, gradient: Float[Tensor, "out inp"]) -> None:
-            near = self._band(layer, band)
-            lost = -(gradient.float() * self._dense(layer) * near).double().sum()
-            products[layer.spec.name] = lost / near.sum()
-
-        layer_gradients(self.view, loss, price)
-        return {name: float(products[name]) for name in self.dense}
-
-    def _band(self, layer: Layer, band: float) -> Bool[Tensor, "out inp"]:
-        """Weights whose rank is within half a band of the threshold."""
-        ranks, threshold = self.ranks[layer.spec.name], self.zeros[layer.spec.name]
-        reach = max(1, round(band / 2 * layer.spec.in_features))
-        return (ranks >= threshold - reach) & (ranks < threshold + reach)
+    def dense_weight(self, layer: Layer) -> Float[Tensor, "out inp"]:
+        """The dense weight on the layer's device: kept there where all of them fit, else for as long as it is used."""
+        name, device = layer.spec.name, layer.weight.device
+        if name in self._near:
+            return self._near[name]
+        weight = self.dense[name].to(device, non_blocking=True)
+        if self._keep_near:
+            self._near[name] = weight
+        return weight
 
 
-def row_ranks(scores: Float[Tensor, "out inp"]) -> Int[Tensor, "out inp"]:
-    """Position of each score in its row's ascending order, leftmost first among equals; 16 bits where they suffice."""
-    order = scores.argsort(dim=1, stable=True)
-    kind = torch.int16 if scores.shape[1] < 2**15 else torch.int32
-    places = torch.arange(scores.shape[1], dtype=kind, device=scores.device).expand_as(order)
-    return torch.empty_like(order, dtype=kind).scatter_(1, order, places)
+def kept_of(target: Target, group: int) -> int:
+    """N of a target of N:M; M for a layer that stays dense.
+
+    Raises:
+        UsageError: it is one of another pattern.
+    """
+    if target.kept is None and target.sparsity == 0:
+        return group
+    if target.kept is None or target.group != group:
+        raise UsageError("The plan is not one of this proxy's pattern", got=target, allowed=f"N of {group}")
+    return target.kept
+
+
+def fits(view: BlockView, size: int) -> bool:
+    """Whether so many bytes take no more than half of what is free where the model is; on a CPU they are there."""
+    if view.device.type != "cuda":
+        return view.device.type == "cpu"
+    devices = {layer.weight.device for layer in view.layers}
+    return all(size / len(devices) <= torch.cuda.mem_get_info(device)[0] / 2 for device in devices)

@@ -1,3 +1,6 @@
+import itertools
+import math
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import assume, given, settings
@@ -125,6 +128,20 @@ def test_mixed_n_of_m_misses_by_at_most_half_a_level_of_the_largest_block(row_ta
     plan = as_is_plan(table, profile_of(table, values), 0.5)
     rounded = apply_pattern(plan, table, Pattern.parse("mixed:4"))
     assert abs(zeros_of(rounded, table) - zeros_of(plan, table)) <= max(sizes) / sum(sizes) / 8 + 1e-9
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.data(), st.lists(st.sampled_from([3, 5, 7, 8]), min_size=1, max_size=7))
+def test_mixed_n_of_m_is_as_near_to_the_budget_as_rounding_up_or_down_can_be(row_table, data, sizes):
+    table = row_table(sizes, 8)
+    values = data.draw(st.lists(st.floats(0.01, 0.74), min_size=len(sizes), max_size=len(sizes)))
+    rounded = apply_pattern(as_is_plan(table, profile_of(table, values), 0.5), table, Pattern.parse("mixed:4"))
+    exact = [4 * (1 - value) for value in values]
+    wanted = sum(v * n for v, n in zip(exact, sizes, strict=True))
+    choices = itertools.product(*({math.floor(v + 1e-9), math.ceil(v - 1e-9)} for v in exact))
+    nearest = min(abs(sum(k * n for k, n in zip(kept, sizes, strict=True)) - wanted) for kept in choices)
+    kept = [rounded.targets[layer.name].kept for layer in table]
+    assert abs(sum(k * n for k, n in zip(kept, sizes, strict=True)) - wanted) == pytest.approx(nearest, abs=1e-6)
 
 
 def test_layers_of_a_block_share_their_n(make_table):

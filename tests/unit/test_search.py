@@ -22,8 +22,8 @@ from sparsify.model.objective import NextToken
 from sparsify.runs import registry
 from sparsify.search import spaces
 from sparsify.search.algorithms import ALGORITHMS
-from sparsify.search.proxy import Proxy, row_ranks
-from sparsify.types import LayerSpec, LayerTable
+from sparsify.search.ranks import RankProxy, row_ranks
+from sparsify.types import LayerSpec, LayerTable, Target
 
 TABLE = LayerTable(tuple(LayerSpec(f"b{b}.{k}", b, k, 4 * (i + 1), 8) for b in range(6) for i, k in enumerate("qd")))
 
@@ -34,7 +34,7 @@ def context():
     proxy = FakeProxy(fit_plan(TABLE, best, 0.5).sparsities())
 
     def score(plan):
-        proxy.apply(plan.sparsities())
+        proxy.apply(plan.targets)
         return math.exp(proxy.loss(None))
 
     return FakeContext(TABLE, proxy=proxy, score=score)
@@ -242,7 +242,11 @@ def test_a_step_moves_against_the_costs_and_no_layer_far():
 @pytest.fixture
 def proxy(make_model, tokens):
     view = BlockView(make_model())
-    return Proxy(view, view.snapshot(), as_inputs(tokens), NextToken())
+    return RankProxy(view, view.snapshot(), as_inputs(tokens), NextToken())
+
+
+def targets(sparsities):
+    return {name: Target(value) for name, value in sparsities.items()}
 
 
 def profile(proxy):
@@ -252,8 +256,8 @@ def profile(proxy):
 @pytest.mark.parametrize("regime", ["propagated", "dense"])
 def test_a_proxy_has_the_masks_of_wanda(proxy, tokens, regime):
     sparsities = profile(proxy)
-    proxy.settle(sparsities if regime == "propagated" else dict.fromkeys(sparsities, 0.0))
-    proxy.apply(sparsities)
+    proxy.settle(targets(sparsities if regime == "propagated" else dict.fromkeys(sparsities, 0.0)))
+    proxy.apply(targets(sparsities))
     mine = proxy.view.snapshot()
     proxy.view.restore(proxy.dense)
     plan = fit_plan(
@@ -267,7 +271,7 @@ def test_a_proxy_has_the_masks_of_wanda(proxy, tokens, regime):
 def test_a_proxy_leaves_the_model_dense(proxy):
     def interrupted():
         with proxy.closing():
-            proxy.settle(profile(proxy))
+            proxy.settle(targets(profile(proxy)))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -282,14 +286,14 @@ def test_ranks_are_positions_leftmost_first():
 def test_marginal_costs_are_derivatives_by_the_number_of_zeros(proxy, tokens):
     flags = [p.requires_grad for p in proxy.view.model.parameters()]
     wanted = dict.fromkeys(profile(proxy), 0.5)
-    proxy.settle(wanted)
+    proxy.settle(targets(wanted))
     costs = proxy.marginal_costs(as_inputs(tokens), band=1e-9)
     assert [p.requires_grad for p in proxy.view.model.parameters()] == flags
     slopes = {}
     for x in proxy.view.table:
         around = []
         for shift in (1, -1):
-            proxy.apply(wanted | {x.name: 0.5 + shift / x.in_features})
+            proxy.apply(targets(wanted | {x.name: 0.5 + shift / x.in_features}))
             around.append(proxy.loss(as_inputs(tokens)))
         slopes[x.name] = (around[0] - around[1]) / (2 * x.out_features)
     both = np.array([[costs[name], slopes[name]] for name in costs])

@@ -1,0 +1,142 @@
+"""Pruning by rank: a weight's rank says at which targets it goes, so that a plan is one comparison per weight."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sparsify.data.inputs import Inputs, batches
+from sparsify.errors import NumericsError
+from sparsify.model.gradients import gradient_statistics, layer_gradients
+from sparsify.model.prunable import Layer
+from sparsify.model.statistics import LayerStats, full_precision, reading
+from sparsify.model.walk import Walk
+from sparsify.pruners.base import ScorePruner
+from sparsify.pruners.magnitude import Magnitude
+from sparsify.pruners.masks import num_zeros
+from sparsify.pruners.wanda import Wanda
+from sparsify.search.proxy import ModelProxy, kept_of
+from sparsify.types import LayerSpec, Target
+
+
+@dataclass
+class RankProxy(ModelProxy):
+    """A model under masks whose ranks stay fixed while plans are tried.
+
+    A weight's rank among the scores of its output row, or of its group of M consecutive inputs, is taken once, at a
+    reference plan (`settle`). From then on pruning by another plan is one comparison per weight. At the reference plan
+    the masks are those of propagated pruning on the same text; the further a plan is from it, the rougher they are.
+    With the dense model as reference they are those of the `dense` regime, of every N at once.
+
+    Attributes:
+        pruner: whose scores are ranked.
+        group: M of an N:M pattern, at most 127; None for rows.
+        ranks: of every weight, lowest score first, [out, inp] by layer name; one byte each for groups.
+    """
+
+    pruner: ScorePruner = field(default_factory=Wanda)
+    group: int | None = None
+    ranks: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    @torch.no_grad()
+    def settle(self, targets: Mapping[str, Target]) -> None:
+        """Take the ranks from a propagated walk that prunes by this plan; the model is left pruned by it."""
+        self.view.restore(self.dense)
+        needs, gradients = self.pruner.needs, self._gradients()
+        seen = reading(needs, "input", "pair")
+        walk = Walk(self.view, self.inputs, self.batch_size, needs=seen) if seen else None
+        last = len(self.view.blocks) - 1
+        for block in range(last + 1):
+            with full_precision():
+                stats = walk.observe(block, seen) if walk else {}
+            for layer in self.view.layers_of(block):
+                name = layer.spec.name
+                known = stats.get(name, LayerStats(0)).joined(gradients.get(name))
+                self.ranks[name] = self._ranks(layer, known)
+                self.current[name] = self.wanted(layer.spec, targets[name])
+                self.write(layer, self.current[name])
+            if walk and block < last:
+                walk.advance(block)
+
+    def _gradients(self) -> dict[str, LayerStats]:
+        """Statistics of the dense model's gradients, where the scores read any."""
+        needs = reading(self.pruner.needs, "gradient")
+        return gradient_statistics(self.view, self.inputs, needs, self.objective) if needs else {}
+
+    def _ranks(self, layer: Layer, stats: LayerStats) -> Int[Tensor, "out inp"]:
+        if self.group is None:
+            return row_ranks(self.pruner.score(layer.weight, stats))
+        pruner = self.pruner if stats.seen else Magnitude()  # as pruning does with experts that saw no token
+        return group_ranks(pruner.score(layer.weight, stats), self.group)
+
+    def wanted(self, layer: LayerSpec, target: Target) -> int:
+        """How many weights of every row, or of every group of M, are zero."""
+        if self.group is None:
+            return num_zeros(layer.in_features, target.sparsity)
+        return self.group - kept_of(target, self.group)
+
+    def write(self, layer: Layer, wanted: int) -> None:
+        """The dense weights, zero below a rank."""
+        layer.write(self.dense_weight(layer) * (self.ranks[layer.spec.name] >= wanted))
+
+    def marginal_costs(self, inputs: Inputs, band: float) -> dict[str, float]:
+        """What pruning one weight more in each layer adds to the loss, to first order, in nats per prediction.
+
+        The weights just above and just below the threshold of their row are the next to go and the next to come back.
+        Setting such a weight to zero changes the loss by -g w, with g its gradient where the model stands now (of a
+        weight that is zero already, too); the mean over the band is the derivative of the loss by the number of zeros.
+
+        Args:
+            inputs: whose loss counts.
+            band: width of the band as a fraction of the row, half of it on either side.
+
+        Raises:
+            NumericsError: a gradient is not finite at any loss scale.
+        """
+        loss = self.objective.prepare(self.view.model, inputs)
+        scale = 1024.0
+        while scale >= 1.0:  # half-precision gradients underflow unscaled and overflow scaled too much
+            costs = dict.fromkeys(self.dense, 0.0)
+            for where in batches(inputs, max(1, self.batch_size // 2)):
+                batch = inputs.batch(where, self.view.device)
+                factor = scale / self.objective.predictions(inputs)
+                products = self._band_products(lambda: loss(self.view.model, batch) * factor, band)  # noqa: B023
+                costs = {name: cost + products[name] / scale for name, cost in costs.items()}
+            if all(math.isfinite(cost) for cost in costs.values()):
+                return costs
+            scale /= 8
+        raise NumericsError("The gradient of the pruned model's loss is not finite", fix="dtype=bfloat16 or float32")
+
+    def _band_products(self, loss: Callable[[], Tensor], band: float) -> dict[str, float]:
+        """Mean of -g w over every layer's band, by layer name."""
+        products: dict[str, Tensor] = {}
+
+        def price(layer: Layer, gradient: Float[Tensor, "out inp"]) -> None:
+            near = self._band(layer, band)
+            lost = -(gradient.float() * self.dense_weight(layer) * near).double().sum()
+            products[layer.spec.name] = lost / near.sum()
+
+        layer_gradients(self.view, loss, price)
+        return {name: float(products[name]) for name in self.dense}
+
+    def _band(self, layer: Layer, band: float) -> Bool[Tensor, "out inp"]:
+        """Weights whose rank is within half a band of the threshold: of a group, the next to go and to come back."""
+        ranks, threshold = self.ranks[layer.spec.name], self.current[layer.spec.name]
+        reach = max(1, round(band / 2 * (self.group or layer.spec.in_features)))
+        return (ranks >= threshold - reach) & (ranks < threshold + reach)
+
+
+def row_ranks(scores: Float[Tensor, "out inp"]) -> Int[Tensor, "out inp"]:
+    """Position of each score in its row's ascending order, leftmost first among equals; 16 bits where they suffice."""
+    order = scores.argsort(dim=1, stable=True)
+    kind = torch.int16 if scores.shape[1] < 2**15 else torch.int32
+    places = torch.arange(scores.shape[1], dtype=kind, device=scores.device).expand_as(order)
+    return torch.empty_like(order, dtype=kind).scatter_(1, order, places)
+
+
+def group_ranks(scores: Float[Tensor, "out inp"], group: int) -> Int[Tensor, "out inp"]:
+    """Position of each score among its `group` consecutive ones, as `row_ranks` has it, in 8 bits."""
+    return row_ranks(scores.reshape(-1, group)).to(torch.int8).reshape(scores.shape)
