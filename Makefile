@@ -8,7 +8,7 @@ LAUNCHER   ?=
 DRY_RUN    ?=
 ARGS       ?=
 
-TABLES := table1 table2 table3 table7 table14 absorption error_growth seeds beta_study
+TABLES := table1 table2 table3 table7 table14 absorption sensitivity error_growth seeds beta_study
 CHECKS := reference
 
 VENV   := .venv

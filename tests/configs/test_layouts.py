@@ -25,6 +25,7 @@ BROKEN = [
     ("reference", "within: 0.01", "wihtin: 0.01", "did you mean within"),
     ("seeds", "label: OWL", "lable: OWL", "did you mean label"),
     ("absorption", "pruning: pruned_70 ", "prunning: pruned_70 ", "did you mean pruning"),
+    ("sensitivity", "label: depth", "lable: depth", "did you mean label"),
     ("beta_study", "steps: [1, 2, 4]", "steps: [1, two]", "a whole number"),
 ]
 

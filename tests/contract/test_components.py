@@ -15,7 +15,7 @@ GROUPS = {"pruner": 4, "allocator": 13, "method": 1, "eval": 1, "logger": 2, "da
 GROUPS |= {"recovery": 0, "quantiser": 0, "objective": 1}
 FILES = [(group, name) for group in GROUPS for name in registry.names(group)]
 VERSIONED = ("pruner", "allocator", "method", "eval", "recovery", "quantiser", "objective")
-SWEEPS = {("eval", "absorption")}  # many entries that differ from the defaults on purpose
+SWEEPS = {("eval", "absorption"), ("eval", "sensitivity")}  # many entries that differ from the defaults on purpose
 
 
 def nodes(tree):

@@ -16,6 +16,7 @@ from sparsify.report.layouts.curves import Curves
 from sparsify.report.layouts.perplexities import Perplexities
 from sparsify.report.layouts.search import Searches
 from sparsify.report.layouts.seeds import Seeds
+from sparsify.report.layouts.sensitivity import Sensitivity
 from sparsify.runs import registry
 
 LAYOUTS: dict[str, type[Layout]] = {
@@ -28,6 +29,7 @@ LAYOUTS: dict[str, type[Layout]] = {
     "perplexities": Perplexities,
     "search": Searches,
     "seeds": Seeds,
+    "sensitivity": Sensitivity,
 }
 """By the `layout` of a table's config."""
 
