@@ -97,12 +97,16 @@ def _scalar(value: Any) -> Any:
 
 
 def _trials(trials: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What a search tried, in order: held-out perplexities and seconds since its start, joined by `|`."""
+    """What a search tried, in order: held-out perplexities, seconds since its start, and evaluations if a trial is
+    many of them; joined by `|`.
+    """
     timed = [t for t in trials if t.get("seconds") is not None]
     if not timed:
         return {}
     losses = (math.inf if t["heldout_perplexity"] is None else t["heldout_perplexity"] for t in timed)
-    return {
+    counts = [t["evaluations"] for t in timed if t.get("evaluations") is not None]
+    counted = {"trials.evaluations": _joined(counts)} if len(counts) == len(timed) else {}
+    return counted | {
         "trials.heldout": _joined(losses),
         "trials.seconds": "|".join(f"{t['seconds']:.3f}" for t in timed),
     }

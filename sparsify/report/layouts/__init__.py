@@ -13,6 +13,7 @@ from sparsify.report.layouts.beta_study import BetaStudy
 from sparsify.report.layouts.compare import Comparison
 from sparsify.report.layouts.correction import Corrections
 from sparsify.report.layouts.curves import Curves
+from sparsify.report.layouts.medians import Medians
 from sparsify.report.layouts.perplexities import Perplexities
 from sparsify.report.layouts.search import Searches
 from sparsify.report.layouts.seeds import Seeds
@@ -26,6 +27,7 @@ LAYOUTS: dict[str, type[Layout]] = {
     "compare": Comparison,
     "correction": Corrections,
     "curves": Curves,
+    "medians": Medians,
     "perplexities": Perplexities,
     "search": Searches,
     "seeds": Seeds,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,16 @@ from sparsify.report.figures import COLOURS, log_axis, saved
 from sparsify.report.layouts.base import Layout, Page, Row
 from sparsify.report.numbers import format_number
 from sparsify.report.select import pick, where
+
+TRIALS = ("heldout", "seconds", "evaluations")
+
+
+@runtime_checkable
+class WithRows(Protocol):
+    """A layout that says which cells its rows are."""
+
+    @property
+    def rows(self) -> list[Row]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +57,7 @@ class Run:
         cell: its wide row.
         heldout: held-out perplexity of every trial, in order; empty for a rule without search.
         seconds: when each trial ended, since the search began.
+        evaluations: how many candidates had been measured by then.
     """
 
     label: str
@@ -53,6 +65,7 @@ class Run:
     cell: pd.Series
     heldout: Float[ndarray, " trials"]
     seconds: Float[ndarray, " trials"]
+    evaluations: Float[ndarray, " trials"]
 
     @property
     def best_so_far(self) -> Float[ndarray, " trials"]:
@@ -68,15 +81,16 @@ class Run:
         return float(self.best_so_far[done - 1]) if done else None
 
 
-def runs_of(layout: Searches, cells: pd.DataFrame) -> list[Run]:
+def runs_of(layout: WithRows, cells: pd.DataFrame) -> list[Run]:
     """Every row of the layout at every sparsity, where it has run."""
     runs = []
     for sparsity in sorted(set(cells.loc[cells["sparsity"] > 0, "sparsity"])):
         for row in layout.rows:
             cell = pick(where(cells, {**row.where, "sparsity": sparsity}), row.minimise)
             if cell is not None:
-                curves = (_numbers(cell.get(f"trials.{name}")) for name in ("heldout", "seconds"))
-                runs.append(Run(str(row.label), float(sparsity), cell, *curves))
+                heldout, seconds, counts = (_numbers(cell.get(f"trials.{name}")) for name in TRIALS)
+                evaluations = counts if len(counts) else np.arange(1.0, len(heldout) + 1)
+                runs.append(Run(str(row.label), float(sparsity), cell, heldout, seconds, evaluations))
     return runs
 
 
@@ -125,7 +139,7 @@ def _row(run: Run, reference: Run | None, layout: Searches, best: float) -> list
     ]
 
 
-def figure(folder: Path, name: str, layout: Searches, runs: list[Run], protocol: str) -> list[Path]:
+def figure(folder: Path, name: str, layout: WithRows, runs: list[Run], protocol: str) -> list[Path]:
     """Best held-out perplexity so far, against trials and against seconds, one row of panels per sparsity."""
     sparsities = sorted({run.sparsity for run in runs if len(run.heldout)})
     searched = {run.label for run in runs if len(run.heldout)}
@@ -135,7 +149,7 @@ def figure(folder: Path, name: str, layout: Searches, runs: list[Run], protocol:
         files,
     ):
         for i, sparsity in enumerate(sparsities):
-            for axes, what in zip(panels[2 * i : 2 * i + 2], ("trials", "seconds"), strict=True):
+            for axes, what in zip(panels[2 * i : 2 * i + 2], ("evaluations", "seconds"), strict=True):
                 for run in runs:
                     if run.sparsity == sparsity and len(run.heldout):
                         _line(axes, run, what, labels.index(run.label))
@@ -149,7 +163,7 @@ def figure(folder: Path, name: str, layout: Searches, runs: list[Run], protocol:
 
 
 def _line(axes: object, run: Run, what: str, number: int) -> None:
-    x = np.arange(1, len(run.heldout) + 1) if what == "trials" else run.seconds
+    x = run.evaluations if what == "evaluations" else run.seconds
     finite = np.isfinite(run.best_so_far)
     dashed = "--" if number >= len(COLOURS) else "-"
     colour = COLOURS[number % len(COLOURS)]
