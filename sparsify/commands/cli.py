@@ -75,7 +75,9 @@ def refuse_nothing(parts: Sequence[Part]) -> None:
     if all(cell.state == "illegal" for cell in cells):
         raise UsageError(
             "This sweep has no cells that could be run",
-            got=f"{console.counted(len(cells), 'cell')}, outside the bounds of their allocators" if cells else "0 cells",
+            got=f"{console.counted(len(cells), 'cell')}, outside the bounds of their allocators"
+            if cells
+            else "0 cells",
             fix="values within the bounds" if cells else "a list of values, as in sparsity=0.5,0.6",
         )
 

@@ -18,7 +18,7 @@ from sparsify.evaluation.base import Subject
 from sparsify.model.objective import NextToken
 from sparsify.pruners.base import Pruner
 from sparsify.pruners.wanda import Wanda
-from sparsify.search.proxy import Proxy
+from sparsify.search.ranks import RankProxy
 from sparsify.types import Evaluation, LayerTable, Measurement, Pattern, Target, check_whole
 
 
@@ -40,6 +40,10 @@ class FisherTraces:
     def __post_init__(self) -> None:
         check_whole("limit", self.limit, or_null=True)
 
+    def check(self, subject: Subject) -> None:
+        """The text is there, and the model can read its windows."""
+        subject.check(self.windows)
+
     def evaluate(self, subject: Subject) -> Evaluation:
         """`trace` of all prunable weights; under `more` curves by block of `sum` and `mean` per weight, and
         `sum.<kind>` and `mean.<kind>` of the matrices of each kind, in the order of the blocks.
@@ -59,7 +63,7 @@ class FisherTraces:
 class MarginalCosts:
     """What one zero more costs in every matrix where the model stands pruned alike: `equimarginal`'s first step.
 
-    Uniform unstructured Wanda by `Proxy.settle`, then `Proxy.marginal_costs`, on one text: rise of its loss in nats per
+    Uniform unstructured Wanda by `RankProxy.settle`, then `RankProxy.marginal_costs`, on one text: rise of its loss in nats per
     prediction for one zero more, to first order.
 
     Attributes:
@@ -81,14 +85,18 @@ class MarginalCosts:
             got = f"sparsity={self.sparsity}, band={self.band}"
             raise UsageError("sparsity and band are fractions", got=got, allowed="0 < sparsity < 1, 0 < band < 1")
 
+    def check(self, subject: Subject) -> None:
+        """The text is there, and the model can read its windows."""
+        subject.check(self.windows)
+
     def evaluate(self, subject: Subject) -> Evaluation:
         """`marginal_cost`, the mean over all weights; under `more` what `FisherTraces` has: `mean` is the cost of a
         zero, `sum` that times the unit's weights.
         """
         inputs, view = first(subject.inputs(self.windows), self.limit), subject.view
         subject.progress("settling", 0, 2)
-        with Proxy(view, view.snapshot(), inputs, NextToken()).closing() as proxy:
-            proxy.settle({layer.name: self.sparsity for layer in view.table})
+        with RankProxy(view, view.snapshot(), inputs, NextToken()).closing() as proxy:
+            proxy.settle({layer.name: Target(self.sparsity) for layer in view.table})
             subject.progress("pricing", 1, 2)
             costs = proxy.marginal_costs(inputs, self.band)
         sums = {layer.name: costs[layer.name] * layer.numel for layer in view.table}
@@ -136,6 +144,10 @@ class PruningDamage:
         if implied is None or not math.isclose(self.sparsity, implied):
             allowed = "unstructured, or N:M at the sparsity that it implies"
             raise UsageError("A pattern has a sparsity", got=f"{self.pattern} at {self.sparsity}", allowed=allowed)
+
+    def check(self, subject: Subject) -> None:
+        """The text is there, and the model can read its windows."""
+        subject.check(self.windows)
 
     def evaluate(self, subject: Subject) -> Evaluation:
         """`damage`, mean over units, in nats per prediction: a curve by block, or, of matrices, a curve of each kind

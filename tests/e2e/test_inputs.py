@@ -222,7 +222,9 @@ def x(tmp_path_factory, inputs, make_model):
     for name in ("config_only", "pointer", "truncated", "quantised"):
         make_model().save_pretrained(root / name)
     (root / "config_only/model.safetensors").unlink()
-    (root / "pointer/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (root / "pointer/model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
     whole = (root / "truncated/model.safetensors").read_bytes()
     (root / "truncated/model.safetensors").write_bytes(whole[: len(whole) // 2])
     config = json.loads((root / "quantised/config.json").read_text())
@@ -283,7 +285,10 @@ def _arguments(line):
 
 @pytest.mark.parametrize("line", TYPED)
 def test_what_is_typed_by_mistake_is_one_paragraph(refused, tiny, results, line):
-    arguments = [a if a.startswith("model={") and a.count("{") == 1 and "config" not in a.partition("=")[0] else a for a in _arguments(line)]
+    arguments = [
+        a if a.startswith("model={") and a.count("{") == 1 and "config" not in a.partition("=")[0] else a
+        for a in _arguments(line)
+    ]
     escaped = [a if re.search(r"\{(x|inputs)\}", a) else a.replace("{", "{{").replace("}", "}}") for a in arguments]
     refused(cli.main, [*tiny, f"results={results}", *escaped], TYPED[line])
 

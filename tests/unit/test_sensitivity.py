@@ -221,7 +221,7 @@ def test_an_evaluation_holds_the_costs_of_equimarginal(subject, tokens):
     result = MarginalCosts(WINDOWS, 0.5).evaluate(subject)
     view, inputs = subject.view, TokenInputs(tokens)
     with Context(view, inputs).proxy(None) as proxy:
-        proxy.settle({layer.name: 0.5 for layer in view.table})
+        proxy.settle({layer.name: Target(0.5) for layer in view.table})
         costs = proxy.marginal_costs(inputs, 0.04)
     more = {item.metric: item.curve for item in result.more}
     assert more["mean.self_attn.k_proj"] == pytest.approx(
