@@ -63,8 +63,8 @@ class FisherTraces:
 class MarginalCosts:
     """What one zero more costs in every matrix where the model stands pruned alike: `equimarginal`'s first step.
 
-    Uniform unstructured Wanda by `RankProxy.settle`, then `RankProxy.marginal_costs`, on one text: rise of its loss in nats per
-    prediction for one zero more, to first order.
+    Uniform unstructured Wanda by `RankProxy.settle`, then `RankProxy.marginal_costs`, on one text: rise of its loss in
+    nats per prediction for one zero more, to first order.
 
     Attributes:
         windows: which text.
@@ -146,8 +146,9 @@ class PruningDamage:
             raise UsageError("A pattern has a sparsity", got=f"{self.pattern} at {self.sparsity}", allowed=allowed)
 
     def check(self, subject: Subject) -> None:
-        """The text is there, and the model can read its windows."""
+        """Both texts are there, and the model can read their windows."""
         subject.check(self.windows)
+        subject.check(self.text)
 
     def evaluate(self, subject: Subject) -> Evaluation:
         """`damage`, mean over units, in nats per prediction: a curve by block, or, of matrices, a curve of each kind
