@@ -124,7 +124,7 @@ def _dataclass(kind: Any, tree: Any, where: str) -> Any:
         raise UsageError(f"{where}: {error.what}", got=error.got, allowed=error.allowed, fix=error.fix) from None
 
 
-def values_of(kind: type[Any], tree: Any, where: str) -> dict[str, Any]:
+def values_of(kind: Any, tree: Any, where: str) -> dict[str, Any]:
     """What a dataclass is made of, checked against the types of its fields; objects that fit stay as they are.
 
     Raises:

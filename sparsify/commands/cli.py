@@ -75,7 +75,9 @@ def refuse_nothing(parts: Sequence[Part]) -> None:
     if all(cell.state == "illegal" for cell in cells):
         raise UsageError(
             "This sweep has no cells that could be run",
-            got=f"{console.counted(len(cells), 'cell')}, outside the bounds of their allocators" if cells else "0 cells",
+            got=f"{console.counted(len(cells), 'cell')}, outside the bounds of their allocators"
+            if cells
+            else "0 cells",
             fix="values within the bounds" if cells else "a list of values, as in sparsity=0.5,0.6",
         )
 
@@ -140,6 +142,8 @@ def command(usage: str, run: Callable[[str | None, list[str]], int], arguments: 
             )
         tables = [a.partition("=")[2] for a in arguments if a.startswith("table=")]
         overrides = [a for a in arguments if not a.startswith("table=")]
+        if "" in tables:
+            raise registry.unknown("table", "")
         return run(tables[-1] if tables else None, understood(overrides))
     except KeyboardInterrupt:
         return interrupted()
