@@ -40,14 +40,18 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu", revision: 
     """
     from pathlib import Path
 
+    from sparsify.errors import UsageError
     from sparsify.model.gguf import GGUFModel
     from sparsify.model.sources import HubModel
     from sparsify.runs import registry
 
+    if not isinstance(source, str | Path) or not str(source).strip():
+        fix = 'sparsify.load("smollm2-135m")'
+        raise UsageError("A model is a name, a hub id, a folder or a GGUF file", got=repr(source)[:80], fix=fix)
+    source = str(source)
     if source.endswith(".gguf"):
-        model_source: Any = GGUFModel(
-            Path(source).stem, str(Path(source).resolve()) if Path(source).exists() else source
-        )
+        file = str(Path(source).resolve()) if Path(source).exists() else source
+        model_source: Any = GGUFModel(Path(source).stem, file)
     elif Path(source).is_dir():
         model_source = HubModel(Path(source).name, source)
     elif source in registry.names("model") or "/" not in source:
@@ -89,14 +93,25 @@ def windows(
     """
     from pathlib import Path
 
+    from sparsify import schema
     from sparsify.data.corpora import Corpus
-    from sparsify.data.windows import Windows
+    from sparsify.data.windows import Windows, check_tokenizer
+    from sparsify.errors import UsageError
     from sparsify.runs import registry
+    from sparsify.types import check_seed, check_whole
 
+    if not isinstance(corpus, str | Path) or not str(corpus).strip():
+        raise UsageError(
+            "A corpus is a name or a file", got=repr(corpus)[:80], allowed=", ".join(registry.names("data"))
+        )
+    check_tokenizer(tokenizer)
+    check_whole("n", n, or_null=True)
+    check_seed(seed)
     own = Path(corpus).expanduser()
-    text = Corpus(own.stem, path=str(own), columns=(text_column,)) if own.is_file() else registry.build("data", corpus)
-    chosen: Any = sampler
-    tokens: Tensor = Windows(text, split, seqlen, n, chosen, bos=bos).inputs(tokenizer, seed).tokens
+    text = Corpus(own.stem, path=str(own), columns=(text_column,)) if own.is_file() else None
+    text = text or registry.build("data", str(corpus))
+    given = {"text": text, "split": split, "seqlen": seqlen, "windows": n, "sampler": sampler, "bos": bos}
+    tokens: Tensor = Windows(**schema.values_of(Windows, given, "windows")).inputs(tokenizer, seed).tokens
     return tokens
 
 
@@ -146,11 +161,14 @@ def prune(
             adapted, offloaded, computed, shared between blocks.
         NumericsError: NaN weights, or a factorisation that fails at any damping; the message names the layer.
     """
-    from sparsify.data.inputs import as_inputs
+    from sparsify.data.inputs import as_inputs, check_batch_size
     from sparsify.model.blocks import BlockView
     from sparsify.recipe import Recipe, prune_model
     from sparsify.runs import registry
+    from sparsify.types import check_seed
 
+    check_seed(seed)
+    check_batch_size(batch_size)
     chosen = {"recovery": recovery, "quantiser": quantiser}
     recipe = Recipe.of(
         registry.build("pruner", pruner),

@@ -88,6 +88,10 @@ class Recipe:
         Raises:
             UsageError: sparsity outside [0, 1), or not the one that the N:M pattern implies.
         """
+        kinds = {"pruner": (pruner, Pruner), "allocator": (allocator, Allocator), "method": (method, Method)}
+        kinds |= {name: (stage, Stage) for name, stage in (stages or {}).items()}
+        for name, (component, kind) in (kinds | {"objective": (objective or NextToken(), Objective)}).items():
+            _check_kind(name, component, kind)
         parsed = Pattern.parse(pattern)
         if sparsity is None:
             sparsity = parsed.sparsity
@@ -97,6 +101,12 @@ class Recipe:
         if parsed.sparsity is not None:
             _check_fixed(parsed, parsed.sparsity, budget, allocator)
         return cls(pruner, allocator, method, parsed, budget, objective or NextToken(), dict(stages or {}))
+
+
+def _check_kind(name: str, component: Any, kind: type[Any]) -> None:
+    if not isinstance(component, kind):
+        what = f"This is no {name}: it has not what a {kind.__name__} has"
+        raise UsageError(what, got=repr(component)[:80], fix=f"{name} by name, or an object with all of it")
 
 
 def _check_fixed(pattern: Pattern, implied: float, sparsity: float, allocator: Allocator) -> None:

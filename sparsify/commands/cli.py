@@ -142,6 +142,8 @@ def command(usage: str, run: Callable[[str | None, list[str]], int], arguments: 
             )
         tables = [a.partition("=")[2] for a in arguments if a.startswith("table=")]
         overrides = [a for a in arguments if not a.startswith("table=")]
+        if "" in tables:
+            raise registry.unknown("table", "")
         return run(tables[-1] if tables else None, understood(overrides))
     except KeyboardInterrupt:
         return interrupted()

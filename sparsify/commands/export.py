@@ -5,15 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import NoReturn
 
 from sparsify.commands import cli
+from sparsify.errors import UsageError
 from sparsify.runs import console
 from sparsify.runs.records import Store
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one paragraph, as all commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        fix = "python -m sparsify.export <key> --to <folder>"
+        raise UsageError("The export was not understood", got=message, fix=fix)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m sparsify.export",
         description="Write the model of a cell that was run with keep=true as a Hugging Face folder: weights with the "
         "zeros in place, config, tokenizer, a card with the record's numbers, and the allocation as JSON.",
@@ -29,8 +39,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """Export and say what was written."""
-    options = parser().parse_args(arguments)
     try:
+        options = parser().parse_args(arguments)
         from sparsify.cells.export import export
 
         view = export(Store(options.results), options.key, options.to)

@@ -56,7 +56,10 @@ def main(arguments: list[str]) -> int:
     """Print the plan; 0 unless the request itself is wrong."""
 
     def run(table: str | None, overrides: list[str]) -> int:
-        show(parts_of(table, overrides), table)
+        parts = parts_of(table, overrides)
+        show(parts, table)
+        if not any(part.cells for part in parts):
+            cli.refuse_nothing(parts)
         return 0
 
     return cli.command(USAGE, run, arguments)

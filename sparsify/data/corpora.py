@@ -41,8 +41,10 @@ class Corpus:
     columns: tuple[str, ...] | list[str] = ("text",)
 
     def __post_init__(self) -> None:
-        if not self.columns:
-            raise UsageError("A row has at least one column of text", got="columns=[]", fix="columns=[text]")
+        if not self.columns or not all(isinstance(column, str) for column in self.columns):
+            raise UsageError(
+                "A row has at least one column of text", got=f"columns={list(self.columns)}", fix="columns=[text]"
+            )
         if self.path is not None and not self.path.strip():
             raise UsageError("path is a file, or a glob of files", got=repr(self.path), fix="path=<file>")
 

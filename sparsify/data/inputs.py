@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sparsify.errors import DataError, UsageError
+from sparsify.types import check_whole
 
 Batch = dict[str, Any]
 """Keyword arguments of one forward; tensors have the samples on their first axis."""
@@ -127,10 +128,9 @@ def check_batch_size(size: int | None) -> int | None:
     """The number of samples per forward, if it is one.
 
     Raises:
-        UsageError: below one.
+        UsageError: no whole number, or below one.
     """
-    if size is not None and size < 1:
-        raise UsageError("batch_size is a number of windows", got=size, allowed=">= 1, or None to pick one")
+    check_whole("batch_size", size, or_null=True)
     return size
 
 

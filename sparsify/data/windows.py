@@ -24,6 +24,17 @@ REDRAWN = 64
 """How often samplers that draw may come back to the same text: more tokens than these times its characters are none."""
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what makes no token ids of text; None stands for a model of random weights, which has none.
+
+    Raises:
+        UsageError: it cannot be called.
+    """
+    if tokenizer is not None and not callable(tokenizer):
+        fix = 'model, tokenizer = sparsify.load("smollm2-135m")'
+        raise UsageError("A tokenizer is what makes token ids of text", got=repr(tokenizer)[:80], fix=fix)
+
+
 @dataclass(frozen=True)
 class Windows:
     """Which windows of which text.

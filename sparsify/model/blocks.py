@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,11 @@ class BlockView:
     """
 
     def __init__(self, model: nn.Module, part: str | None = None) -> None:
+        check_model(model)
+        if part is not None and not isinstance(part, str):
+            raise UsageError(
+                "part is text", got=repr(part)[:80], allowed="language, vision, a module's name", fix="part=None"
+            )
         self.model = model
         config = getattr(model, "config", None)
         refuse_encoder_decoder(getattr(config, "is_encoder_decoder", False), type(model).__name__)
@@ -97,6 +103,17 @@ class BlockView:
                     allowed="finite weights",
                     fix="load the checkpoint again, or with dtype=float32 if it overflows in half precision",
                 )
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no language model of transformers.
+
+    Raises:
+        UsageError: it has no embeddings of tokens to be found by.
+    """
+    if not isinstance(model, nn.Module):
+        fix = 'model, tokenizer = sparsify.load("smollm2-135m")'
+        raise UsageError("A model is a module of torch", got=repr(model)[:80], fix=fix)
 
 
 def refuse_encoder_decoder(is_one: bool, name: str) -> None:

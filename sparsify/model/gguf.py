@@ -106,10 +106,10 @@ class GGUFModel:
             )
         if (found := _hash(*parts)) != self.sha256:
             raise DataError(
-                f"{parts[0].name} is not the pinned file",
+                f"{' + '.join(part.name for part in parts)} is not the pinned file: another version, or cut short",
                 got=f"sha256 {found}",
                 allowed=self.sha256,
-                fix=f"remove {', '.join(map(str, parts))} and run {self.setup} ({self.package})",
+                fix=f"remove {' '.join(map(str, parts))} and run {self.setup} ({self.package})",
             )
         return parts
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from sparsify.data.inputs import Inputs, TokenInputs
 from sparsify.errors import UnsupportedModelError, UsageError
-from sparsify.model.blocks import of_vision
+from sparsify.model.blocks import check_model, of_vision
 
 LEARNED = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
 """Names of embeddings of positions; other models compute theirs."""
@@ -20,8 +20,11 @@ def check_readable(model: nn.Module, inputs: Inputs) -> None:
     Raises:
         UsageError: with the range that the model has.
     """
+    check_model(model)
     if not isinstance(inputs, TokenInputs):
         return
+    if not hasattr(model, "get_input_embeddings"):
+        raise UnsupportedModelError("The model reads no token ids", got=type(model).__name__, fix="sparsify.load(...)")
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     low, high = int(inputs.tokens.min()), int(inputs.tokens.max())
     if low < 0 or high >= rows:

@@ -164,6 +164,9 @@ def build(group: str, spec: Spec) -> Any:
                 allowed=f'"{names(group)[0]}", ("{names(group)[0]}", {{...}}), or an instance',
             )
         return spec
+    if len(spec) != 2 or not isinstance(spec[0], str) or not _is_options(spec[1]):
+        allowed = f'("{names(group)[0]}", {{"parameter": value}})'
+        raise UsageError(f"A {group} with parameters is a name and a mapping", got=repr(spec)[:80], allowed=allowed)
     name, options = spec
     config = composed(group, name)
     known = sorted(str(key) for key in config if not str(key).startswith("_") and key != "version")
@@ -185,6 +188,10 @@ def build(group: str, spec: Spec) -> Any:
         allowed = "numbers, text, lists and mappings as the config has them"
         raise UsageError(f"The parameters of {group} {name} do not fit it", got=got, allowed=allowed) from error
     return make(merged, group)
+
+
+def _is_options(options: Any) -> bool:
+    return isinstance(options, Mapping) and all(isinstance(key, str) for key in options)
 
 
 def composed(group: str, name: str) -> DictConfig:

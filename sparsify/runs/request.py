@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from sparsify.errors import UsageError
+from sparsify.errors import RecordError, UsageError
 from sparsify.runs import registry
 from sparsify.runs.identity import Config, sparsity_of
 from sparsify.types import check_seed, check_whole
@@ -21,6 +22,7 @@ def check(config: Config) -> None:
 
     Raises:
         UsageError: the first thing that is wrong.
+        RecordError: the results folder is a file.
     """
     for group, default in PARTS.items():
         if not isinstance(config.get(group), Mapping):
@@ -43,6 +45,8 @@ def check(config: Config) -> None:
     _check_text(config, "device", "auto", "auto, cpu, cuda, cuda:1, mps")
     _check_text(config, "dtype", "float32", "float32, float16, bfloat16")
     _check_text(config, "results", "results", "a folder, which need not be there yet")
+    if Path(config["results"]).is_file():
+        raise RecordError("results is a file, not a folder", got=config["results"], fix="results=<folder>")
     if config.get("part") is not None:
         _check_text(config, "part", "null", "language, vision, a module's name, or null for the decoder")
     _check_evaluations(config["eval"])
