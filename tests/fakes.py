@@ -66,7 +66,7 @@ class FakeContext(Context):
         return self._score(plan)
 
     @contextmanager
-    def proxy(self, samples):
+    def proxy(self, samples, pattern=None):
         yield self._proxy
 
 

@@ -19,7 +19,7 @@ from sparsify.progress import Progress, silent
 from sparsify.pruners.base import Pruner
 from sparsify.search.levels import Place, level_proxy
 from sparsify.search.proxy import Proxy
-from sparsify.search.ranks import RankProxy
+from sparsify.search.ranks import RankProxy, rank_proxy
 from sparsify.types import Pattern, SparsityPlan, Target
 
 
@@ -104,9 +104,14 @@ class Context:
         assert self.try_plan is not None
         return self.try_plan(plan)
 
-    def proxy(self, samples: int | None) -> AbstractContextManager[RankProxy]:
-        """Wanda masks by rank, on the first calibration inputs; the model is dense again when it closes."""
-        return RankProxy(self.view, self._dense(), first(self.calibration, samples), self.objective).closing()
+    def proxy(self, samples: int | None, pattern: Pattern | None = None) -> AbstractContextManager[RankProxy]:
+        """Wanda masks by rank, on the first calibration inputs; the model is dense again when it closes.
+
+        With a pattern of N:M ranks are those within groups of M, by the run's own scores if its pruner only ranks.
+        """
+        group = pattern.group if pattern is not None else None
+        inputs = first(self.calibration, samples)
+        return rank_proxy(self.view, self._dense(), inputs, self.objective, self.pruner, group).closing()
 
     @contextmanager
     def dense_proxy(self, samples: int | None) -> Iterator[RankProxy]:

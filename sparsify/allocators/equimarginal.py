@@ -12,10 +12,11 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from sparsify.allocators.base import Allocator
+from sparsify.allocators.budget import HIGH, apply_pattern, check_widths
 from sparsify.allocators.profile import Profile
 from sparsify.allocators.uniform import Uniform
 from sparsify.errors import NumericsError, UsageError
-from sparsify.types import LayerTable, SparsityPlan, check_whole
+from sparsify.types import LayerTable, Pattern, SparsityPlan, check_whole
 
 if TYPE_CHECKING:
     from sparsify.allocators.context import Context
@@ -36,7 +37,10 @@ class Equimarginal(Allocator):
     for each. Every step moves sparsity from layers in which a zero costs more than the mean to those in which it
     costs less; every `settle_every` steps the masks are settled by a propagated walk, and the best settled plan wins.
 
-    Ours; no paper. The trials use unstructured Wanda masks whatever the cell's pruner and pattern are. The text is the
+    Ours; no paper. The trials use unstructured Wanda masks whatever the cell's pruner and pattern are, unless `native`:
+    then, with N:M, masks by rank within groups of M (by the cell's own scores, if its pruner only ranks weights). The
+    band is the next weight to go and the next to come back of every group; the descent keeps fractions of a level, so
+    that small steps add up, and tries what they round to. The text is the
     cell's calibration and held-out text, never the test set. On the device lie the pruned weights and a rank of 16 bits
     for each of them; gradients exist one matrix at a time, the dense weights on the host.
 
@@ -50,6 +54,7 @@ class Equimarginal(Allocator):
         windows: calibration windows of a settling walk; None for all.
         batch: held-out windows a gradient is taken on, drawn anew for every step.
         settle_every: steps between settling walks.
+        native: with `pattern=mixed:M`, descend on that pattern; else the unstructured optimum is rounded to it.
     """
 
     start: Allocator = field(default_factory=Uniform)
@@ -61,6 +66,7 @@ class Equimarginal(Allocator):
     windows: int | None = 24
     batch: int = 8
     settle_every: int = 10
+    native: bool = False
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -79,20 +85,31 @@ class Equimarginal(Allocator):
 
     def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
         start = self.start.profile(layers, sparsity, context)
-        with context.proxy(self.windows) as proxy:
-            return self._descend(start, layers, sparsity, context, proxy)
+        pattern = context.pattern if self.native else Pattern()
+        if pattern.group is not None:
+            check_widths(layers, pattern.group)
+            start = replace(start, high=min(start.high, 1 - 1 / pattern.group))
+        with context.proxy(self.windows, pattern) as proxy:
+            return self._descend(start, layers, sparsity, context, proxy, pattern)
 
     def _descend(
-        self, profile: Profile, layers: LayerTable, sparsity: float, context: Context, proxy: RankProxy
+        self,
+        profile: Profile,
+        layers: LayerTable,
+        sparsity: float,
+        context: Context,
+        proxy: RankProxy,
+        pattern: Pattern,
     ) -> Profile:
         text, rng, began = context.heldout_inputs(), np.random.default_rng(context.seed), time.perf_counter()
         direction = np.zeros(len(layers))
         plan = profile.fitted(layers, sparsity)
+        high = HIGH if pattern.group is None else profile.high
         best, best_loss, log = profile, math.inf, []
         context.progress("step", 0, self.steps + 1)
         for step in range(self.steps + 1):
             if step % self.settle_every == 0 or step == self.steps:
-                proxy.settle(plan.targets)
+                proxy.settle(apply_pattern(plan, layers, pattern).targets)
                 loss = proxy.loss(text)
                 log.append(_trial(step, loss, time.perf_counter() - began))
                 if loss < best_loss:
@@ -101,9 +118,9 @@ class Equimarginal(Allocator):
                 costs = self._costs(proxy, _draw(text, self.batch, rng), layers)
                 direction = self.momentum * direction + (1 - self.momentum) * costs
                 rate = self.rate * 0.8 ** (3 * step // self.steps)
-                profile = moved(plan, direction, rate, layers)
+                profile = replace(moved(plan, direction, rate, layers), high=high)
                 plan = profile.fitted(layers, sparsity)
-                proxy.apply(plan.targets)
+                proxy.apply(apply_pattern(plan, layers, pattern).targets)
             context.progress("step", step + 1, self.steps + 1)
         if not math.isfinite(best_loss):
             raise NumericsError("No step of the descent gave a finite perplexity", got=log, fix="a lower sparsity")

@@ -98,7 +98,7 @@ class Evolving(Allocator):
     fitness: Literal["loss", "kl"] = "loss"
     tokens: Sequence[int] = field(default_factory=lambda: [2048, 8192, 16384])
     survivors: Sequence[int] = field(default_factory=lambda: [16, 8])
-    windows: int | None = None
+    windows: int | None = 24
     store: Literal["memory", "disk"] = "memory"
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from sparsify.allocators.uniform import Uniform
 from sparsify.errors import UsageError
 from sparsify.search.budgets import Genome
 from sparsify.search.evolution import Scheme, drawn, neighbours, repaired
-from sparsify.types import LayerTable
+from sparsify.types import LayerTable, check_whole
 
 if TYPE_CHECKING:
     from sparsify.allocators.context import Context
@@ -39,6 +39,7 @@ class MSP(Evolving):
     Attributes:
         start: of the first generation: `fisher`, `uniform`, `random` (every genome drawn), or `rule`.
         rule: the allocator whose plan is the seed genome for `start=rule`.
+        fisher_windows: calibration windows of the trace; None for all.
         sensitivity: of a group, the `sum` of the Fisher trace over its weights, or its `mean`.
         algorithm: `genetic`; or `random`, genomes drawn anew with as many evaluations, the control.
         population: genomes of a generation.
@@ -51,6 +52,7 @@ class MSP(Evolving):
     start: Literal["fisher", "uniform", "random", "rule"] = "fisher"
     rule: Allocator = field(default_factory=Uniform)
     sensitivity: Literal["sum", "mean"] = "sum"
+    fisher_windows: int | None = None
     algorithm: Literal["genetic", "random"] = "genetic"
     population: int = 50
     elites: int = 10
@@ -61,6 +63,7 @@ class MSP(Evolving):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_whole("fisher_windows", self.fisher_windows, or_null=True)
         if self.start not in STARTS or self.sensitivity not in ("sum", "mean"):
             raise UsageError(
                 "Unknown start or sensitivity",
@@ -102,10 +105,11 @@ class MSP(Evolving):
 
     def _sensitivities(self, levels: Levels, context: Context) -> list[float]:
         from sparsify.analysis.fisher import fisher_traces
+        from sparsify.data.inputs import first
 
         traces: dict[str, float] = context.once(
-            ("fisher traces", context.objective),
-            lambda: fisher_traces(context.view, context.calibration, context.objective),
+            ("fisher traces", context.objective, self.fisher_windows),
+            lambda: fisher_traces(context.view, first(context.calibration, self.fisher_windows), context.objective),
         )
         sums = [sum(traces[layer.name] for layer in group) for group in levels.members]
         if self.sensitivity == "sum":

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from sparsify.data.inputs import Inputs, batches
 from sparsify.errors import NumericsError
+from sparsify.model.blocks import BlockView
+from sparsify.model.dense import DenseModel
 from sparsify.model.gradients import gradient_statistics, layer_gradients
+from sparsify.model.objective import Objective
 from sparsify.model.prunable import Layer
 from sparsify.model.statistics import LayerStats, full_precision, reading
 from sparsify.model.walk import Walk
-from sparsify.pruners.base import ScorePruner
+from sparsify.pruners.base import Pruner, ScorePruner
 from sparsify.pruners.magnitude import Magnitude
 from sparsify.pruners.masks import num_zeros
 from sparsify.pruners.wanda import Wanda
@@ -49,16 +52,17 @@ class RankProxy(ModelProxy):
         seen = reading(needs, "input", "pair")
         walk = Walk(self.view, self.inputs, self.batch_size, needs=seen) if seen else None
         last = len(self.view.blocks) - 1
+        dense = not any(target.sparsity for target in targets.values())  # blocks stay: one pass gives both
         for block in range(last + 1):
             with full_precision():
-                stats = walk.observe(block, seen) if walk else {}
+                stats = walk.observe(block, seen, advance=dense) if walk else {}
             for layer in self.view.layers_of(block):
                 name = layer.spec.name
                 known = stats.get(name, LayerStats(0)).joined(gradients.get(name))
                 self.ranks[name] = self._ranks(layer, known)
                 self.current[name] = self.wanted(layer.spec, targets[name])
                 self.write(layer, self.current[name])
-            if walk and block < last:
+            if walk and block < last and not dense:
                 walk.advance(block)
 
     def _gradients(self) -> dict[str, LayerStats]:
@@ -127,6 +131,14 @@ class RankProxy(ModelProxy):
         ranks, threshold = self.ranks[layer.spec.name], self.current[layer.spec.name]
         reach = max(1, round(band / 2 * (self.group or layer.spec.in_features)))
         return (ranks >= threshold - reach) & (ranks < threshold + reach)
+
+
+def rank_proxy(
+    view: BlockView, dense: DenseModel, inputs: Inputs, objective: Objective, pruner: Pruner | None, group: int | None
+) -> RankProxy:
+    """Ranks within groups of M by a pruner's own scores, if it only ranks; else, and within rows, by Wanda's."""
+    scores = pruner if group is not None and isinstance(pruner, ScorePruner) else Wanda()
+    return RankProxy(view, dense, inputs, objective, scores, group)
 
 
 def row_ranks(scores: Float[Tensor, "out inp"]) -> Int[Tensor, "out inp"]:

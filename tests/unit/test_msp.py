@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from sparsify.allocators.arithmetic import RelativeProgression
 from sparsify.allocators.base import allocate
 from sparsify.allocators.context import Context
+from sparsify.allocators.equimarginal import Equimarginal
 from sparsify.allocators.evolving import level_bounds, levels_of
 from sparsify.allocators.evopress import EvoPress
 from sparsify.allocators.msp import MSP, thirds
@@ -27,6 +28,7 @@ from sparsify.pruners.wanda import Wanda
 from sparsify.recipe import Recipe, prune_model
 from sparsify.runs import registry
 from sparsify.search.fitness import Fitness, stages
+from sparsify.search.ranks import RankProxy
 from sparsify.types import Pattern, Target
 
 MIXED = Pattern.parse("mixed:8")
@@ -266,3 +268,45 @@ def test_targets_of_a_genome(view):
     grid = levels_of(view.table, 0.7, Pattern(), "layer", 0.05)
     assert grid.target(-2).sparsity == pytest.approx(0.8)
     assert grid.nearest({x.name: 0.8 for x in view.table}) == [-2] * len(view.table)
+
+
+def test_marginal_costs_of_a_level_are_those_of_the_next_weight_of_every_group(view, context, tokens):
+    with context.proxy(None, MIXED) as proxy:
+        middle = {x.name: Target(0.5, 4, 8) for x in view.table}
+        proxy.settle(middle)
+        costs = proxy.marginal_costs(as_inputs(tokens), band=0.04)
+        slopes = {}
+        for x in view.table:
+            ends = []
+            for kept in (3, 5):
+                proxy.apply(middle | {x.name: Target(1 - kept / 8, kept, 8)})
+                ends.append(proxy.loss(as_inputs(tokens)))
+            slopes[x.name] = (ends[0] - ends[1]) / (2 * x.numel / 8)
+    both = torch.tensor([[costs[name], slopes[name]] for name in costs])
+    assert torch.corrcoef(both.T)[0, 1] > 0.8
+
+
+def test_a_native_descent_lowers_the_loss_of_the_pattern_and_stays_on_budget(view, context):
+    descent = Equimarginal(native=True, steps=12, settle_every=4, rate=0.04, windows=None)
+    plan = allocate(descent, view.table, 0.5, context, MIXED)
+    assert sum(x.numel * plan.targets[x.name].kept for x in view.table) == view.table.numel * 4
+    assert len({target.kept for target in plan.targets.values()}) > 1
+    losses = [row["heldout_perplexity"] for row in plan.trials]
+    assert min(losses) < losses[0]
+
+
+def test_a_native_descent_tries_what_the_cell_prunes(view, context, tokens, monkeypatch):
+    tried, settle = [], RankProxy.settle
+    monkeypatch.setattr(RankProxy, "settle", lambda self, targets: tried.append(dict(targets)) or settle(self, targets))
+    plan = allocate(Equimarginal(native=True, steps=2, settle_every=1, windows=None), view.table, 0.5, context, MIXED)
+    assert all(target.group == 8 for targets in tried for target in targets.values())
+    assert dict(plan.targets) in tried
+
+
+def test_an_unstructured_descent_does_not_know_native(view, tokens):
+    plans = []
+    for native in (False, True):
+        context = context_of(view, tokens)
+        context.pattern = Pattern()
+        plans.append(allocate(Equimarginal(native=native, steps=3, windows=None), view.table, 0.5, context))
+    assert plans[0].targets == plans[1].targets
