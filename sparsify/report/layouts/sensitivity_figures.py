@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -9,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
-from jaxtyping import Float
 from matplotlib.axes import Axes
-from numpy import ndarray
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from sparsify.report import figures
 from sparsify.report.correlation import RankCorrelation
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from sparsify.report.layouts.sensitivity import Damage, Predictor
 
 MARKERS = "osD^vP*X"
+LABELLED = {3: (1, 2, 4, 6, 8), 30: (1, 2, 5), 300: (1, 3)}
+"""Which multiples of a power of ten a log axis names, by how many times its upper end is its lower one."""
 DAMAGE = "rise of the loss, nats"
 
 
 def scatter(folder: Path, name: str, measured: list[Damage], drawn: list[Predictor], title: str) -> list[Path]:
     """A panel per predictor and way of pruning: damage against it, on log axes.
 
-    Blocks are coloured by depth, matrices by kind. Values that are not positive stand hollow at the edge.
+    Blocks are coloured by depth, matrices by kind. An axis with values that are not positive is linear around zero.
     """
     shown = [damage for damage in measured if damage.row.drawn] or measured[:1]
     columns, rows = len(drawn), len(shown)
@@ -49,46 +51,38 @@ def depth(folder: Path, name: str, measured: list[Damage], drawn: list[Predictor
     kinds = next((damage.kinds for damage in measured if damage.kinds), ())
     predictors = [p for p in drawn if any(damage.predicted(p) for damage in blocks)]
     total = 1 + len(predictors)
-    with figures.saved(folder, name, 1.2 + 1.9 * total, 2.4, total, False) as (panels, files):
+    with figures.saved(folder, name, 0.4 + 2.0 * total, 2.6, total, False) as (panels, files):
         for damage, colour in zip(blocks, cycle(figures.COLOURS), strict=False):
             _damage(panels[0], damage, colour)
         panels[0].set(ylabel=DAMAGE, title="one block pruned alone")
         for axes, predictor in zip(panels[1:], predictors, strict=True):
             _predictor(axes, predictor, blocks, kinds)
         for axes in panels:
-            _log(axes, "y")
+            drawn_values = [float(value) for line in axes.get_lines() for value in np.asarray(line.get_ydata())]
+            _log(axes, "y", drawn_values)
             axes.set_xlabel("block")
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=5)
+                axes.legend(fontsize=5, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
         panels[0].figure.suptitle(title, fontsize=8)
     return files
 
 
 def _scattered(axes: Axes, damage: Damage, predictor: Predictor) -> bool:
     """One panel; whether there was anything to draw."""
-    pooled = damage.pooled(predictor)
-    if not pooled[0]:
+    x, y = damage.pooled(predictor)
+    if not x:
         return False
-    values = [_positive(np.array(values)) for values in pooled]
     start = 0
     for kind, colour, marker in zip(damage.kinds or ("",), cycle(figures.COLOURS), cycle(MARKERS), strict=False):
-        place = slice(start, start + len(damage.values(kind)))
-        start = place.stop
-        colours = [colour] * (place.stop - place.start) if kind else _by_depth(place.stop)
-        _points(axes, [value[place] for value, _ in values], [low[place] for _, low in values], colours, marker)
-    _log(axes, "x")
-    _log(axes, "y")
-    axes.set_title(f"ρ = {RankCorrelation.of(*pooled)}", fontsize=7)
+        stop = start + len(damage.values(kind))
+        colours: Any = colour if kind else mpl.colormaps["viridis"](np.linspace(0, 1, stop))
+        axes.scatter(x[start:stop], y[start:stop], s=10, c=colours, marker=marker, linewidths=0, alpha=0.8)
+        start = stop
+    _log(axes, "x", x)
+    _log(axes, "y", y)
+    axes.set_title(f"ρ = {RankCorrelation.of(x, y)}", fontsize=7)
     axes.set_xlabel(predictor.label)
     return True
-
-
-def _points(axes: Axes, values: list[Any], low: list[Any], colours: list[Any], marker: str) -> None:
-    hollow = low[0] | low[1]
-    edges = np.array([mpl.colors.to_rgba(colour) for colour in colours])
-    for which, faces in ((~hollow, edges[~hollow]), (hollow, "none")):
-        x, y = (value[which] for value in values)
-        axes.scatter(x, y, s=11, marker=marker, facecolors=faces, edgecolors=edges[which], linewidths=0.6, alpha=0.85)
 
 
 def _explain(line: list[Axes], empty: list[Axes], damage: Damage) -> None:
@@ -131,16 +125,16 @@ def _predictor(axes: Axes, predictor: Predictor, blocks: Sequence[Damage], kinds
     axes.set_title(predictor.label)
 
 
-def _positive(values: Float[ndarray, " units"]) -> tuple[Float[ndarray, " units"], Any]:
-    """Values for a log axis, those that have no place on it at half the least that has one; and which these are."""
-    low = values <= 0
-    least = values[~low].min(initial=np.inf)
-    return np.where(low, (least if np.isfinite(least) else 1.0) / 2, values), low
-
-
-def _by_depth(blocks: int) -> list[Any]:
-    return list(mpl.colormaps["viridis"](np.linspace(0, 1, blocks)))
-
-
-def _log(axes: Axes, which: str) -> None:
-    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+def _log(axes: Axes, which: str, values: Sequence[float]) -> None:
+    """A log axis with few names; linear up to the power of ten above the median where some values are not positive."""
+    axis, scale = (axes.xaxis, axes.set_xscale) if which == "x" else (axes.yaxis, axes.set_yscale)
+    if not values or min(values) <= 0:
+        median = float(np.median(np.abs(values))) if values else 0.0
+        scale("symlog", linthresh=10.0 ** math.ceil(math.log10(median or 1.0)))
+        axes.autoscale_view()
+        return
+    scale("log")
+    subs = next((subs for reach, subs in LABELLED.items() if max(values) < reach * min(values)), (1,))
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
