@@ -20,7 +20,7 @@ EXPERIMENTS = registry.names("experiment")
 TABLES = registry.names("table")
 SCALES = registry.names("scale")
 PLACES = {"data": ("data@calibration.text", "data@heldout.text", "data@test.text")}
-GIVEN = {("model", "hub"): ["model.id=org/name"]}
+GIVEN = {("model", "hub"): ["model.id=org/name"], ("model", "gguf"): ["model.file=org/name/file.gguf"]}
 COMMAND = re.compile(r"python -m sparsify(?:\.sweep|\.report|\.plan)?((?: [^\s#&(]+)*)")
 MAKE = re.compile(r"\bmake ([a-z]\w*)((?: [A-Z]+=\S+)*)")
 
@@ -137,13 +137,14 @@ def test_every_pinned_revision_is_a_whole_commit():
 
 
 def test_every_pinned_file_has_a_whole_hash():
-    hashes = [value for file in FILES for value in values_of(load(file), "sha256")]
+    hashes = [value for file in FILES for value in values_of(load(file), "sha256") if value is not None]
     assert hashes
     assert all(re.fullmatch("[0-9a-f]{64}", value) for value in hashes)
 
 
 def test_a_model_is_named_after_its_file():
-    names = {name: load(registry.find("model", name))["name"] for name in registry.names("model") if name != "hub"}
+    names = {name: load(registry.find("model", name))["name"] for name in registry.names("model")}
+    del names["hub"], names["gguf"]  # of any file
     assert all(name == shown for name, shown in names.items())
 
 
