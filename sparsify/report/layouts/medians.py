@@ -70,7 +70,7 @@ def _entries(runs: Sequence[search.Run], value: str) -> list[Entry]:
 
 
 def _frame(layout: Medians, cells: pd.DataFrame, value: str, show: Callable[[Sequence[float]], str]) -> pd.DataFrame:
-    """Rows (pruner, allocation), columns by sparsity; a dash where nothing has run."""
+    """Rows (pruner, allocation), columns by sparsity; a dash where nothing was measured, no row where nothing at all."""
     sparsities = sorted(s for s in set(cells["sparsity"]) if s > 0)
     rows: dict[tuple[str, str], list[str]] = {}
     for row in (row for row in layout.rows if row.dense):
@@ -80,7 +80,8 @@ def _frame(layout: Medians, cells: pd.DataFrame, value: str, show: Callable[[Seq
             chosen = where(cells, {**row.where, "pruner": pruner})
             if not chosen.empty:
                 rows[pruner, row.label] = [_shown(where(chosen, {"sparsity": s}), value, show) for s in sparsities]
-    columns = pd.MultiIndex.from_tuples([("median [lowest to highest] (seeds)", f"{s:.3g}") for s in sparsities])
+    rows = {row: numbers for row, numbers in rows.items() if set(numbers) - {"–", ""}}
+    columns = pd.MultiIndex.from_tuples([("zeros", f"{100 * s:g}%") for s in sparsities])
     index = pd.MultiIndex.from_tuples(rows, names=["pruner", "allocation"])
     return pd.DataFrame(list(rows.values()), index=index, columns=columns)
 

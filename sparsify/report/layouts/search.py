@@ -85,7 +85,7 @@ def runs_of(layout: WithRows, cells: pd.DataFrame) -> list[Run]:
     """Every row of the layout at every sparsity, where it has run."""
     runs = []
     for sparsity in sorted(set(cells.loc[cells["sparsity"] > 0, "sparsity"])):
-        for row in layout.rows:
+        for row in (row for row in layout.rows if not row.dense):
             cell = pick(where(cells, {**row.where, "sparsity": sparsity}), row.minimise)
             if cell is not None:
                 heldout, seconds, counts = (_numbers(cell.get(f"trials.{name}")) for name in TRIALS)
@@ -155,7 +155,7 @@ def figure(folder: Path, name: str, layout: WithRows, runs: list[Run], protocol:
                         _line(axes, run, what, labels.index(run.label))
                 log_axis(axes, "x")
                 log_axis(axes, "y")
-                axes.set(xlabel=what, title=f"{sparsity:.0%}")
+                axes.set(xlabel=what, title=f"{100 * sparsity:g}%")
             panels[2 * i].set_ylabel(f"best held-out perplexity so far\n({protocol})")
         lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
         panels[1].legend([lines[label] for label in labels], labels, loc="center left", bbox_to_anchor=(1, 0.5))
