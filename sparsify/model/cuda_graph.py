@@ -20,7 +20,8 @@ class Replay:
         self.inputs = [example.clone() for example in examples]
         self.device = examples[0].device
         self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self.device)  # the default one is that of the first device ever captured on
+        # The default stream is that of the first device ever captured on.
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         with torch.cuda.device(self.device), torch.cuda.graph(self.graph, stream=stream):
             self.output = forward(*self.inputs)
 

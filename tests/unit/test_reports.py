@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from sparsify.report import frame
-from sparsify.report.layouts import beta_study, search, seeds
+from sparsify.report.layouts import beta_study, medians, search, seeds
 from sparsify.report.layouts.base import Row
+from sparsify.report.layouts.medians import Medians
 from sparsify.report.spread import Spread
 
 
@@ -109,3 +110,22 @@ def test_a_table_of_the_dense_model_alone():
     paper = pd.DataFrame(columns=["model", "pruner", "allocator", "sparsity", "value"])
     table = grid_frame([Entry("", "dense", 0.0, 21.6, "", "a", "dense")], paper, [])
     assert table.iloc[0].tolist() == ["21.60"]
+
+
+def test_medians_have_their_range_and_rows_without_a_number_are_left_out():
+    cells = pd.DataFrame(
+        [
+            {"pruner": "wanda", "allocator": "uniform", "sparsity": 0.5, "seed": seed, "test": value}
+            for seed, value in enumerate([90.0, 120.0, 100.0])
+        ]
+        + [
+            {"pruner": "wanda", "allocator": "msp", "sparsity": 0.625, "seed": 0, "test": 300.0},
+            {"pruner": "wanda", "allocator": "owl", "sparsity": 0.5, "seed": 0, "test": math.nan},
+        ]
+    )
+    rows = [Row(name, {"allocator": name}) for name in ("uniform", "msp", "owl")]
+    layout = Medians(title="", layout="medians", parts=[], pruners=["ria", "wanda"], rows=rows)
+    shown = medians._frame(layout, cells, "test", lambda values: medians._median(values, "{:.0f}".format))
+    assert list(shown.columns.get_level_values(1)) == ["50%", "62.5%"]
+    assert list(shown.index) == [("wanda", "uniform"), ("wanda", "msp")]
+    assert shown.to_numpy().tolist() == [["100 [90 to 120] (3)", "–"], ["–", "300"]]

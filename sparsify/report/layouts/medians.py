@@ -70,7 +70,7 @@ def _entries(runs: Sequence[search.Run], value: str) -> list[Entry]:
 
 
 def _frame(layout: Medians, cells: pd.DataFrame, value: str, show: Callable[[Sequence[float]], str]) -> pd.DataFrame:
-    """Rows (pruner, allocation), columns by sparsity; a dash where nothing was measured, no row where nothing at all."""
+    """Rows (pruner, allocation), columns by sparsity; a dash for what was not measured, no row where nothing was."""
     sparsities = sorted(s for s in set(cells["sparsity"]) if s > 0)
     rows: dict[tuple[str, str], list[str]] = {}
     for row in (row for row in layout.rows if row.dense):
