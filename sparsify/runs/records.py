@@ -148,10 +148,11 @@ def _not_plain(tree: Any, path: str = "") -> str | None:
 
 
 def _sweep_drafts(folder: Path) -> None:
-    """Remove what killed writers left, but not what another process may just be writing to take the lease."""
+    """Remove what killed writers left; a fresh draft of a lease is of somebody who is about to try and take it."""
     for draft in folder.glob(".*.*"):
         with suppress(OSError):
-            if draft.suffix[1:].isdigit() and time.time() - draft.stat().st_mtime > 60:
+            taking = draft.name.startswith(".lease.") and time.time() - draft.stat().st_mtime < 60
+            if draft.suffix[1:].isdigit() and not taking:
                 draft.unlink()
 
 

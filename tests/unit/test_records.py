@@ -317,5 +317,6 @@ def test_what_killed_writers_left_is_swept(store):
         (folder / name).write_text("half")
         os.utime(folder / name, (1, 1))
     (folder / ".record.json.4712").write_text("just now")
+    (folder / ".lease.host.4712").write_text("just now")
     with store.lease(KEY):
-        assert files_of(store) == [".record.json.4712", "lease"]
+        assert files_of(store) == [".lease.host.4712", "lease"]
