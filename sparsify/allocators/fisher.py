@@ -43,7 +43,7 @@ class FisherRanks(Allocator):
         check_whole("windows", self.windows, or_null=True)
 
     def profile(self, layers: LayerTable, sparsity: float, context: Context) -> Profile:
-        traces = aggregated(self._traces(context), layers, self.groups, self.measure)
+        traces = sensitivities(context, layers, self.windows, self.groups, self.measure)
         level = self._level(context.pattern)
         change = [level * third for third in thirds(traces)]
         values = {
@@ -56,12 +56,17 @@ class FisherRanks(Allocator):
     def _level(self, pattern: Pattern) -> float:
         return self.step if pattern.group is None else 1 / pattern.group
 
-    def _traces(self, context: Context) -> dict[str, float]:
-        inputs = first(context.calibration, self.windows)
-        return context.once(  # type: ignore[no-any-return]
-            ("fisher", self.windows, context.objective),
-            lambda: fisher_traces(context.view, inputs, context.objective, context.progress),
-        )
+
+def sensitivities(
+    context: Context, layers: LayerTable, windows: int | None, groups: Groups, measure: Measure
+) -> list[float]:
+    """Fisher trace of every unit, from the first calibration windows (all for None); taken once for a dense model."""
+    inputs = first(context.calibration, windows)
+    traces = context.once(
+        ("fisher", windows, context.objective),
+        lambda: fisher_traces(context.view, inputs, context.objective, context.progress),
+    )
+    return aggregated(traces, layers, groups, measure)
 
 
 def thirds(values: list[float]) -> list[int]:

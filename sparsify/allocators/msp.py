@@ -101,27 +101,7 @@ class MSP(Evolving):
         uniform = levels.nearest(dict.fromkeys((layer.name for layer in layers), levels.sparsity))
         if self.start == "uniform":
             return uniform
-        return [n + step for n, step in zip(uniform, thirds(self._sensitivities(levels, context)), strict=True)]
+        from sparsify.allocators.fisher import sensitivities, thirds
 
-    def _sensitivities(self, levels: Levels, context: Context) -> list[float]:
-        from sparsify.analysis.fisher import fisher_traces
-        from sparsify.data.inputs import first
-
-        traces: dict[str, float] = context.once(
-            ("fisher traces", context.objective, self.fisher_windows),
-            lambda: fisher_traces(context.view, first(context.calibration, self.fisher_windows), context.objective),
-        )
-        sums = [sum(traces[layer.name] for layer in group) for group in levels.members]
-        if self.sensitivity == "sum":
-            return sums
-        return [s / sum(x.numel for x in group) for s, group in zip(sums, levels.members, strict=True)]
-
-
-def thirds(sensitivities: Sequence[float]) -> list[int]:
-    """+1 for the third with the largest sensitivity, -1 for that with the smallest; earlier ones among equals."""
-    count = len(sensitivities)
-    order = sorted(range(count), key=lambda i: sensitivities[i])
-    steps = [0] * count
-    for low, high in zip(order[: count // 3], order[count - count // 3 :], strict=True):
-        steps[low], steps[high] = -1, 1
-    return steps
+        found = sensitivities(context, layers, self.fisher_windows, self.groups, self.sensitivity)
+        return [n + step for n, step in zip(uniform, thirds(found), strict=True)]

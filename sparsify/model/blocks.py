@@ -106,10 +106,10 @@ class BlockView:
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no language model of transformers.
+    """Refuse what is no module of torch.
 
     Raises:
-        UsageError: it has no embeddings of tokens to be found by.
+        UsageError: it is something else.
     """
     if not isinstance(model, nn.Module):
         fix = 'model, tokenizer = sparsify.load("smollm2-135m")'

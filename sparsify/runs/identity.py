@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from sparsify import paths
 from sparsify.errors import UsageError
 from sparsify.runs import content, registry
+from sparsify.runs.construct import located
 from sparsify.types import Pattern, check_sparsity, without_noise
 
 Config = Mapping[str, Any]
@@ -136,7 +137,7 @@ def _identity(node: Any, model: Config) -> Any:
         tree["_target_"] = registry.identify(node["_target_"])  # a name; of old components the one in `former_paths`
     if "text" in node and "split" in node:
         tree["text"] = _text_identity(node, model)
-    return tree | {name: registry.located(function)(node) for name, function in node.get("_reads_", {}).items()}
+    return tree | {name: located(function)(node) for name, function in node.get("_reads_", {}).items()}
 
 
 def _text_identity(windows: Config, model: Config) -> Any:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
-import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +13,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsify import paths, schema
+from sparsify import paths
 from sparsify.errors import UsageError
+from sparsify.runs.construct import class_of, construct, located
 from sparsify.runs.former_paths import FORMER_PATHS
 from sparsify.types import Pattern
 
@@ -239,33 +235,6 @@ def leaf_of(source: str) -> str:
 OmegaConf.register_new_resolver("leaf_of", leaf_of, replace=True)
 
 
-def located(function: str) -> Any:
-    """The function of that import path."""
-    module, _, name = function.rpartition(".")
-    return getattr(import_module(module), name)
-
-
-def _class_of(target: str) -> type[Any]:
-    """The class of a `_target_`, which may name anything that can be imported: components and nothing else are built.
-
-    Raises:
-        UsageError: a class of another package (those that `SPARSIFY_COMPONENTS` lists are one's own), or no class.
-    """
-    own = ("sparsify", *filter(None, os.environ.get("SPARSIFY_COMPONENTS", "").split(",")))
-    found = None
-    if target.split(".")[0] in own:
-        with suppress(ImportError, AttributeError):
-            found = located(target)
-    if not isinstance(found, type) or found.__module__.split(".")[0] not in own:
-        raise UsageError(
-            "Only components are built from configs",
-            got=f"_target_: {target}",
-            allowed=f"classes of {', '.join(own)}",
-            fix="SPARSIFY_COMPONENTS=<your package> in the environment, for components of your own",
-        )
-    return found
-
-
 def check(node: Any, sparsity: float, num_blocks: int, pattern: Pattern | None = None) -> None:
     """Let a component and all components inside it refuse, by their `_check_`, what no weights could make possible.
 
@@ -304,59 +273,12 @@ def _made(node: Any, where: str) -> Any:
         return node
     if "_target_" not in node:
         return {key: _made(value, f"{where}.{key}") for key, value in node.items()}
-    kind = _class_of(str(node["_target_"]))
+    kind = class_of(str(node["_target_"]))
     version = getattr(kind, "version", None)
     if node.get("version", version) != version:
         raise refused_version(f"{where}.version", node["version"], version)
     values = {key: _made(node[key], f"{where}.{key}") for key in node if key not in ("_target_", *RESERVED)}
-    return _build(kind, values, where)
-
-
-def _build(kind: type[Any], values: dict[str, Any], where: str) -> Any:
-    if missing := [key for key, value in values.items() if value == "???"]:
-        raise UsageError(f"{missing[0]} must be given", got=kind.__name__, fix=f"{where}.{missing[0]}=<value>")
-    if dataclasses.is_dataclass(kind):
-        values = _checked(kind, values, where)
-    try:
-        return kind(**values)
-    except TypeError as error:
-        got = f"{kind.__name__}: {error}"
-        raise UsageError(
-            f"The values of {where} do not fit it", got=got, fix=f"leave {where}'s parameters out"
-        ) from error
-
-
-def _checked(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The values, if they are what the fields of the dataclass say; where one is not, its default is the fix."""
-    try:
-        fitting = schema.values_of(kind, values, where)
-        for key, value in fitting.items():
-            _refuse_infinite(value, f"{where}.{key}")
-    except UsageError as error:
-        if error.fix is not None:
-            raise
-        fix = _default_of(kind, values, where, error)
-        raise UsageError(error.what, got=error.got, allowed=error.allowed, fix=fix) from None
-    return fitting
-
-
-def _default_of(kind: type[Any], values: dict[str, Any], where: str, error: UsageError) -> str:
-    """What to type instead of the value that was refused: the whole number that it is, or the default."""
-    name = re.split(r"[ .\[]", error.what.removeprefix(f"{where}."))[0]
-    given = values.get(name)
-    if "a whole number" in str(error.allowed) and isinstance(given, float) and given.is_integer() and given < 2**63:
-        return f"{where}.{name}={int(given)}"
-    default = {field.name: field.default for field in dataclasses.fields(kind)}.get(name)
-    if default is None or default is dataclasses.MISSING:
-        return f"leave {where}.{name} as its config has it"
-    return f"{where}.{name}={str(default).lower() if isinstance(default, bool) else default}"
-
-
-def _refuse_infinite(value: Any, where: str) -> None:
-    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
-        _refuse_infinite(inner, where)
-    if isinstance(value, float) and not math.isfinite(value):
-        schema.refuse(value, where, "a finite number")
+    return construct(kind, values, where)
 
 
 def refused_version(key: str, got: Any, allowed: Any = None) -> UsageError:

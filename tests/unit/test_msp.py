@@ -14,7 +14,8 @@ from sparsify.allocators.context import Context
 from sparsify.allocators.equimarginal import Equimarginal
 from sparsify.allocators.evolving import level_bounds, levels_of
 from sparsify.allocators.evopress import EvoPress
-from sparsify.allocators.msp import MSP, thirds
+from sparsify.allocators.fisher import sensitivities, thirds
+from sparsify.allocators.msp import MSP
 from sparsify.data.inputs import as_inputs
 from sparsify.errors import BudgetError, PatternError, UsageError
 from sparsify.methods.checkpoint import Checkpoint
@@ -94,7 +95,7 @@ def test_a_level_for_every_matrix_is_exactly_on_budget(view, context):
 def test_the_seed_genome_has_more_where_fisher_is_large(view, context, monkeypatch):
     sizes = [5.0, 1.0, 3.0, 2.0, 9.0, 4.0]
     traces = {x.name: sizes[x.block] for x in view.table}
-    monkeypatch.setattr("sparsify.analysis.fisher.fisher_traces", lambda *given: traces)
+    monkeypatch.setattr("sparsify.allocators.fisher.fisher_traces", lambda *given: traces)
     plan = allocate(MSP(**SMALL | {"generations": 0, "population": 2, "elites": 1}), view.table, 0.75, context, MIXED)
     levels = levels_of(view.table, 0.75, MIXED, "block", 0.0)
     assert MSP()._seed(levels, view.table, context) == [3, 1, 2, 1, 3, 2]
@@ -104,10 +105,9 @@ def test_the_seed_genome_has_more_where_fisher_is_large(view, context, monkeypat
 
 def test_a_mean_trace_divides_by_the_weights(context, view, monkeypatch):
     traces = {x.name: float(x.numel) for x in view.table}
-    monkeypatch.setattr("sparsify.analysis.fisher.fisher_traces", lambda *given: traces)
-    levels = levels_of(view.table, 0.75, MIXED, "layer", 0.0)
-    assert set(MSP(sensitivity="mean")._sensitivities(levels, context)) == {1.0}
-    assert MSP()._sensitivities(levels, context) == [float(x.numel) for x in view.table]
+    monkeypatch.setattr("sparsify.allocators.fisher.fisher_traces", lambda *given: traces)
+    assert set(sensitivities(context, view.table, None, "layer", "mean")) == {1.0}
+    assert sensitivities(context, view.table, None, "layer", "sum") == [float(x.numel) for x in view.table]
 
 
 def test_a_killed_search_goes_on_to_the_same_plan(make_model, tokens, tmp_path, monkeypatch):
