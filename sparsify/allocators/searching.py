@@ -18,7 +18,7 @@ from sparsify.allocators.profile import Profile
 from sparsify.errors import NumericsError, UsageError
 from sparsify.search.algorithms import ALGORITHMS
 from sparsify.search.spaces import Space
-from sparsify.types import LayerTable, Target, check_whole
+from sparsify.types import LayerTable, Pattern, Target, check_whole
 
 MOST_TRIALS = 1_000_000
 """Each trial is a plan in the log: more than these end in no time and no memory."""
@@ -42,6 +42,8 @@ class Searching:
         heldout: held-out windows a trial is scored on; None for all.
         finalists: plans that are run again in full (the cell's pruner, all windows) to choose the winner: the better
             half of them are the best trials, the others are spread over all trials to show how the two rankings agree.
+        native: with an N:M pattern, try what plans round to, under masks by rank within groups of M (by the cell's own
+            scores, if its pruner only ranks weights); else unstructured plans, of which the winner is rounded.
     """
 
     algorithm: Literal["grid", "golden", "random", "tpe", "evolution"] = "evolution"
@@ -50,6 +52,7 @@ class Searching:
     windows: int | None = 24
     heldout: int | None = 16
     finalists: int = 6
+    native: bool = False
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
@@ -84,15 +87,16 @@ class Searching:
         log: list[Trial] = []
         profiles: list[Profile] = []
         text, start = context.heldout_inputs(self.heldout), time.perf_counter()
+        pattern = context.pattern if self.native else Pattern()
         context.progress("trial", 0, self.trials)
-        with context.proxy(self.windows) as proxy:
+        with context.proxy(self.windows, pattern) as proxy:
             if self.statistics == "dense":
                 proxy.settle({layer.name: Target(0.0) for layer in layers})
             prune = proxy.apply if self.statistics == "dense" else proxy.settle
 
             def objective(point: Float[ndarray, " dim"]) -> float:
                 profile = Profile(space.profile(point))
-                prune(profile.fitted(layers, sparsity).targets)
+                prune(profile.fitted(layers, sparsity, pattern).targets)
                 loss = proxy.loss(text)
                 profiles.append(profile)
                 log.append({"heldout_perplexity": _perplexity(loss), "seconds": time.perf_counter() - start})

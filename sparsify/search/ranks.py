@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -137,8 +138,13 @@ def rank_proxy(
     view: BlockView, dense: DenseModel, inputs: Inputs, objective: Objective, pruner: Pruner | None, group: int | None
 ) -> RankProxy:
     """Ranks within groups of M by a pruner's own scores, if it only ranks; else, and within rows, by Wanda's."""
-    scores = pruner if group is not None and isinstance(pruner, ScorePruner) else Wanda()
+    scores = pruner if group is not None and ranked(pruner) else Wanda()
     return RankProxy(view, dense, inputs, objective, scores, group)
+
+
+def ranked(pruner: Pruner | None) -> TypeGuard[ScorePruner]:
+    """Whether ranks within groups of M neighbours say what a pruner does at every N."""
+    return isinstance(pruner, ScorePruner) and pruner.by_neighbours
 
 
 def row_ranks(scores: Float[Tensor, "out inp"]) -> Int[Tensor, "out inp"]:

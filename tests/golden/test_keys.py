@@ -50,7 +50,7 @@ def test_there_are_published_keys():
 
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: f"{file.parts[-3]}/{file.stem}")
 def test_published_keys_are_planned_today(file):
-    name, scale = re.fullmatch(r"[a-z_0-9]+?_((?:smollm2|gemma3)-\w+)_(\w+)", file.stem).groups()
+    name, scale = re.fullmatch(r"[a-z_0-9]+?_((?:smollm2|gemma3|qwen2\.5)-[\w.-]+?)_([a-z]+)", file.stem).groups()
     published = set(pd.read_csv(file, dtype={"key": str})["key"])
     assert published
     assert not published - set(planned(file, name, scale))

@@ -61,14 +61,15 @@ def test_masks_by_rank_are_the_pruners_own_at_every_level(make_model, view, toke
             assert same(view, pruned(make_model, tokens, pruner, plan))
 
 
+@pytest.mark.parametrize("pruner", [SparseGPT(), RIA(permute="deal"), RIA(permute="assign")], ids=str)
 @pytest.mark.parametrize("place", ["memory", "disk"])
-def test_a_store_has_what_sparsegpt_makes_at_every_level(make_model, view, tokens, place):
-    with opened(view, tokens, SparseGPT(), 8, range(1, 9), place) as proxy:
+def test_a_store_has_what_the_pruner_makes_at_every_level(make_model, view, tokens, pruner, place):
+    with opened(view, tokens, pruner, 8, range(1, 9), place) as proxy:
         assert isinstance(proxy, LevelStore)
         for kept in (1, 4, 7):  # every layer has another N, so all levels come up
             plan = plan_of(view, kept, 8)
             proxy.apply(plan.targets)
-            assert same(view, pruned(make_model, tokens, SparseGPT(), plan))
+            assert same(view, pruned(make_model, tokens, pruner, plan))
 
 
 def test_one_factorisation_serves_all_levels_and_layers_of_an_input(view, tokens, monkeypatch):

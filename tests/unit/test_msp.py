@@ -16,6 +16,7 @@ from sparsify.allocators.evolving import level_bounds, levels_of
 from sparsify.allocators.evopress import EvoPress
 from sparsify.allocators.fisher import sensitivities, thirds
 from sparsify.allocators.msp import MSP
+from sparsify.allocators.search import Search
 from sparsify.data.inputs import as_inputs
 from sparsify.errors import BudgetError, PatternError, UsageError
 from sparsify.methods.checkpoint import Checkpoint
@@ -301,6 +302,25 @@ def test_a_native_descent_tries_what_the_cell_prunes(view, context, tokens, monk
     plan = allocate(Equimarginal(native=True, steps=2, settle_every=1, windows=None), view.table, 0.5, context, MIXED)
     assert all(target.group == 8 for targets in tried for target in targets.values())
     assert dict(plan.targets) in tried
+
+
+@pytest.mark.parametrize("statistics", ["dense", "propagated"])
+def test_a_native_search_tries_plans_of_the_pattern_and_stays_on_budget(view, context, monkeypatch, statistics):
+    tried, apply, settle = [], RankProxy.apply, RankProxy.settle
+
+    def watched(does):
+        return lambda self, targets: tried.append(dict(targets)) or does(self, targets)
+
+    monkeypatch.setattr(RankProxy, "apply", watched(apply))
+    monkeypatch.setattr(RankProxy, "settle", watched(settle))
+    context.try_plan = lambda plan: 10.0
+    search = Search(native=True, trials=12, windows=None, heldout=None, statistics=statistics, finalists=2)
+    plan = allocate(search, view.table, 0.5, context, MIXED)
+    assert sum(x.numel * plan.targets[x.name].kept for x in view.table) == view.table.numel * 4
+    pruning = [targets for targets in tried if any(target.sparsity for target in targets.values())]
+    assert len(pruning) == 12
+    assert all(target.group == 8 for targets in pruning for target in targets.values())
+    assert dict(plan.targets) in pruning
 
 
 def test_an_unstructured_descent_does_not_know_native(view, tokens):
