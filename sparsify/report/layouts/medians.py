@@ -76,7 +76,7 @@ def _frame(layout: Medians, cells: pd.DataFrame, value: str, show: Callable[[Seq
     for row in (row for row in layout.rows if row.dense):
         rows["", row.label] = [_shown(where(cells, {"sparsity": 0.0}), value, show)] + [""] * (len(sparsities) - 1)
     for pruner in layout._pruners(cells):
-        for row in (row for row in layout.rows if not row.dense):
+        for row in (row for row in layout.rows if not row.dense and row.where.get("pruner", pruner) == pruner):
             chosen = where(cells, {**row.where, "pruner": pruner})
             if not chosen.empty:
                 rows[pruner, row.label] = [_shown(where(chosen, {"sparsity": s}), value, show) for s in sparsities]
