@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 """Okabe and Ito: told apart by colour-blind readers and in grey."""
+SIMILARITIES = {"cka": "linear CKA", "hsic": "normalised HSIC"}
 STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -71,3 +73,24 @@ def log_axis(axes: Axes, which: str) -> None:
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def cka_matrix(folder: Path, name: str, matrices: Mapping[str, Sequence[Sequence[float]]], title: str) -> list[Path]:
+    """The similarity of the inputs of every two blocks as a heat map, first block top left, a panel for each measure.
+
+    Shades run from the least similar pair, rounded down to a tenth, to one.
+    """
+    count = len(matrices)
+    with saved(folder, name, 0.4 + 2.9 * count, 2.7, count, sharey=False) as (panels, files):
+        for axes, (measure, values) in zip(panels, matrices.items(), strict=True):
+            edges = 0.5, len(values) + 0.5
+            lowest = math.floor(10 * min(map(min, values))) / 10
+            image = axes.imshow(values, cmap="Blues", vmin=min(lowest, 0.9), vmax=1, extent=(*edges, *edges[::-1]))
+            axes.figure.colorbar(image, ax=axes, label=SIMILARITIES.get(measure, measure))
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+            axes.set(xlabel="input of block", ylabel="input of block", xlim=edges, ylim=edges[::-1])
+            axes.spines[["top", "right"]].set_visible(True)
+            axes.grid(False)
+        panels[0].figure.suptitle(title, fontsize=8)
+    return files

@@ -32,9 +32,9 @@ def long(records: Iterable[Record]) -> pd.DataFrame:
     Columns: `key`, `scale`, `model`, `dtype`, `pattern`, `sparsity` (wanted), `achieved` (counted zeros), `seed`;
     `pruner`, `allocator`, `method` and whatever else there is of `GROUPS` by config name, every parameter as
     `allocator.beta`; `num_blocks` and
-    `block_sparsity` (counted, first to last block, joined by `|`); `noted.<name>`, what the allocator noted as a number
-    or block by block (the chosen strength, r); `seconds.<step>`; where and with what it ran; then
-    `evaluation`, `metric`, `protocol`, `value`, the hash of the tokens and, where they apply, `stderr`, `n` (documents)
+    `block_sparsity` (counted, first to last block, joined by `|`); `noted.<name>`, what the allocator noted as a
+    number, by block (the chosen strength, r) or by two blocks (CKA); `seconds.<step>`; where and with what it ran; then
+    `evaluation`, `metric`, `protocol`, `value`, the hash of the tokens, where they apply `stderr`, `n` (documents)
     and `curve` (values by block, joined by `|`) with its `curve_stderr`. Further measurements are rows
     `<evaluation>.<metric>`.
     """
@@ -113,14 +113,23 @@ def _trials(trials: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _noted(notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what an allocator noted the numbers and lists of numbers; what it noted layer by layer stays in the record."""
+    """Of what an allocator noted the numbers, lists and matrices of numbers (rows joined by `;`).
+
+    What it noted layer by layer stays in the record.
+    """
     row: dict[str, Any] = {}
     for name, noted in notes.items():
         if isinstance(noted, int | float):
             row[f"noted.{name}"] = float(f"{noted:.6g}")
-        elif isinstance(noted, list) and all(isinstance(x, int | float) for x in noted):
+        elif _are_numbers(noted):
             row[f"noted.{name}"] = _joined(noted)
+        elif isinstance(noted, list) and all(_are_numbers(line) for line in noted):
+            row[f"noted.{name}"] = ";".join(_joined(line) for line in noted)
     return row
+
+
+def _are_numbers(noted: Any) -> bool:
+    return isinstance(noted, list) and all(isinstance(x, int | float) for x in noted)
 
 
 def _joined(values: Iterable[float]) -> str:
@@ -211,3 +220,14 @@ def profiles(cells: pd.DataFrame) -> dict[str, list[float]]:
     """Counted sparsity by block of every cell that has it, by key."""
     known = cells[cells["block_sparsity"].notna()]
     return {row["key"]: [float(x) for x in str(row["block_sparsity"]).split("|")] for _, row in known.iterrows()}
+
+
+def similarities(cells: pd.DataFrame) -> dict[str, list[list[float]]]:
+    """How similar the inputs of every two blocks are, by measure: what the first cell that allocated by it noted."""
+    if "noted.similarity" not in cells:
+        return {}
+    noted = cells[cells["noted.similarity"].notna()].drop_duplicates("allocator.measure")
+    return {
+        row["allocator.measure"]: [[float(x) for x in line.split("|")] for line in row["noted.similarity"].split(";")]
+        for _, row in noted.iterrows()
+    }

@@ -9,6 +9,7 @@ import pandas as pd
 
 from sparsify.errors import UsageError
 from sparsify.report import frame
+from sparsify.report.figures import cka_matrix
 from sparsify.report.layouts.base import Page
 from sparsify.report.layouts.entries import Entries, grid_frame
 from sparsify.report.layouts.perplexity_figures import beta_curve, dot_plot, layer_profile
@@ -33,13 +34,15 @@ class Perplexities(Entries):
                 raise UsageError("No figure of that name", got=name, allowed="beta_curve, layer_profile...")
 
     def write(self, page: Page) -> list[Path]:
-        """A table and its figures."""
+        """A table and its figures; that of CKA wherever a cell was allocated by it."""
         cells, entries, paper = page.cells, self.entries(page.cells), paper_numbers(self.paper)
         protocol = str(cells[f"{self.value}.protocol"].iloc[0])
         files = page.write(grid_frame(entries, paper, self._paper_models(paper, str(cells["model"].iloc[0]))))
         files += dot_plot(page.tables, f"{page.name}_{page.stem}", entries, page.title, protocol)
         if "beta_curve" in self.figures and (cells["allocator"] == "atp").any():
             files += beta_curve(page.figures, f"beta_curve_{page.stem}", cells, self.value, protocol)
+        if similar := frame.similarities(cells):
+            files += cka_matrix(page.figures, f"cka_{page.stem}", similar, page.title)
         for name in (f for f in self.figures if f.startswith("layer_profile") and any(e.pruner for e in entries)):
             files += layer_profile(page.figures, f"{name}_{page.stem}", entries, frame.profiles(cells))
         return files
