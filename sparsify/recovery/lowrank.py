@@ -1,5 +1,8 @@
 """The masked low-rank product y = x (W + scale M.(BA))^T + bias, M = (W != 0), with nothing dense kept for later."""
 
+import warnings
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -54,7 +57,10 @@ def effective_weight(
     base: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "out inp"]:
-    """W + scale M.(BA), or the second term alone: one new matrix that lies as W does, two passes over it.
+    """W + scale M.(BA), or the second term alone: one new matrix that lies as W does.
+
+    Where Triton works, one kernel reads W and writes the sum (`fused`); elsewhere torch passes over it for a copy, the
+    product and the zeros.
 
     Args:
         weight: W.
@@ -66,12 +72,32 @@ def effective_weight(
     """
     weight = weight.to(dtype or weight.dtype)
     left, right = (scale * b).to(weight.dtype), a.to(weight.dtype)
+    if weight.dtype != torch.float64 and has_kernel(weight.device):
+        from sparsify.recovery.fused import masked_sum
+
+        return masked_sum(weight, left, right, base=base)
     whole = torch.empty_like(weight)
     if base:
         torch.addmm(weight, left, right, out=whole)
     else:
         torch.mm(left, right, out=whole)
     return zero_where_zero_(whole, weight)
+
+
+@cache
+def has_kernel(device: torch.device) -> bool:
+    """Whether Triton is installed and compiles for this device; a warning says why if only the latter fails."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    one = torch.ones(1, 1, device=device)
+    try:
+        from sparsify.recovery.fused import masked_sum
+
+        masked_sum(one, one, one, base=True)
+    except Exception as error:  # no C compiler, a driver that is too old: each raises something else
+        warnings.warn(f"Triton does not work here ({error!r}); adapters are slower without it", stacklevel=2)
+        return False
+    return True
 
 
 def zero_where_zero_(values: Float[Tensor, "out inp"], weight: Float[Tensor, "out inp"]) -> Float[Tensor, "out inp"]:

@@ -9,6 +9,7 @@ from torch import nn
 import sparsify
 from sparsify.errors import NumericsError, UnsupportedModelError, UsageError
 from sparsify.model.blocks import BlockView
+from sparsify.model.gradients import recomputing
 from sparsify.recovery.adapters import Adapters
 
 TOKENS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -165,7 +166,9 @@ def test_fresh_components_are_as_pefts(oracle):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_ten_merges_move_no_bit(family):
+@pytest.mark.parametrize("near", [True, False], ids=["on the device", "on the host"])
+def test_ten_merges_move_no_bit(family, near, monkeypatch):
+    monkeypatch.setattr("sparsify.recovery.adapters.fits", lambda view, size: near)
     view = pruned(family, torch.bfloat16)
     before = weights(view)
     with trained(Adapters(view, 3, 5)) as adapters:
@@ -307,10 +310,25 @@ def test_activation_checkpointing_of_the_model_changes_nothing():
     view = pruned()
     with trained(Adapters(view, 3, 3)) as adapters:
         expected = torch.autograd.grad(loss(view), adapters.parameters())
-        view.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        view.model.train()
-        for one, other in zip(torch.autograd.grad(loss(view), adapters.parameters()), expected, strict=True):
+        with recomputing(view.blocks):
+            found = torch.autograd.grad(loss(view), adapters.parameters())
+        for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other)
+
+
+def test_data_parallel_training_reduces_the_gradients_of_adapters(tmp_path):
+    view = pruned()
+    with trained(Adapters(view, 3, 5)) as adapters:
+        expected = torch.autograd.grad(loss(view), adapters.parameters())
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            parallel = nn.parallel.DistributedDataParallel(view.model)
+            parallel(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+        finally:
+            torch.distributed.destroy_process_group()
+        for parameter, gradient in zip(adapters.parameters(), expected, strict=True):
+            assert torch.equal(parameter.grad, gradient)
 
 
 def test_no_dense_matrix_is_kept_for_the_backward_pass():

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sparsify.recovery.lowrank import effective_weight, masked_lowrank_linear, zero_where_zero_
+from sparsify.recovery.lowrank import effective_weight, has_kernel, masked_lowrank_linear, zero_where_zero_
 
 OUT, INP, RANK, SCALE = 12, 20, 3, 2.0
 
@@ -121,3 +121,7 @@ def test_zeros_win_over_whatever_stood_there():
     values = torch.tensor([[1.0, float("inf"), float("nan"), 4.0, 5.0]])
     weight = torch.tensor([[0.0, -0.0, 0.0, -1e-40, 2.0]])
     assert zero_where_zero_(values, weight).tolist() == [[0.0, 0.0, 0.0, 4.0, 5.0]]
+
+
+def test_there_is_no_kernel_without_an_accelerator():
+    assert not has_kernel(torch.device("cpu"))
