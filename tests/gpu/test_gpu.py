@@ -10,6 +10,8 @@ from sparsify.model.blocks import BlockView
 from sparsify.model.statistics import GRAM, NORM
 from sparsify.model.walk import Walk
 from sparsify.pruners.sparsegpt import _captured_walk, eliminate, eliminate_replayed, inverse_factor
+from sparsify.recovery import lowrank
+from sparsify.recovery.adapters import Adapters
 from sparsify.types import Target
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -69,3 +71,50 @@ def test_a_model_over_two_devices_is_pruned_as_on_one(pruner, allocator):
     assert results[0].sparsity == results[1].sparsity
     assert [row.zeros for row in results[0].layers] == [row.zeros for row in results[1].layers]
     assert sparsify.perplexity(spread, heldout) == pytest.approx(sparsify.perplexity(whole, heldout), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("base", [False, True])
+def test_the_kernel_makes_the_weight_that_torch_makes(dtype, transposed, base, monkeypatch):
+    pytest.importorskip("triton")
+    assert lowrank.has_kernel(torch.device("cuda", 0))
+    torch.set_float32_matmul_precision("highest")
+    for rank, (out, inp) in ((1, (7, 300)), (12, (4096, 11008)), (20, (130, 65))):
+        weight = torch.randn((inp, out) if transposed else (out, inp), device="cuda")
+        weight = torch.where(torch.rand_like(weight) < 0.7, 0, weight).to(dtype)
+        weight = weight.T if transposed else weight
+        a, b = torch.randn(rank, inp, device="cuda"), torch.randn(out, rank, device="cuda")
+        fused = lowrank.effective_weight(weight, a, b, 2.0, base=base)
+        with monkeypatch.context() as patch:
+            patch.setattr(lowrank, "has_kernel", lambda device: False)
+            plain = lowrank.effective_weight(weight, a, b, 2.0, base=base)
+        assert fused.stride() == plain.stride() == weight.stride()
+        assert not fused[weight == 0].any()
+        eps = torch.finfo(dtype).eps  # an entry may be rounded the other way where sums are in another order
+        assert (fused - plain).abs().max() <= 4 * eps * plain.abs().max()
+        assert (fused.float() - plain.float()).norm() <= 4 * eps * plain.float().norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_merge_and_unmerge_to_the_bit(family):
+    model = FAMILIES[family].build(torch.bfloat16).cuda().requires_grad_(False)
+    view = BlockView(model)
+    for layer in view.layers:
+        layer.weight[torch.rand(layer.weight.shape, device="cuda") < 0.7] = 0
+    before = [layer.weight.clone() for layer in view.layers]
+    tokens = torch.randint(3, 90, (2, 11), device="cuda")
+    with Adapters(view, 12, 16) as adapters:
+        optimiser = torch.optim.AdamW(adapters.parameters(), lr=1e-2)
+        losses = []
+        for _ in range(5):
+            optimiser.zero_grad()
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            optimiser.step()
+            losses.append(float(loss.detach()))
+        assert losses[-1] < losses[0]
+        adapters.merge()
+        assert all(torch.equal(x.weight == 0, w == 0) for x, w in zip(view.layers, before, strict=True))
+        adapters.unmerge()
+        assert all(torch.equal(x.weight, w) for x, w in zip(view.layers, before, strict=True))
