@@ -127,6 +127,7 @@ def prune(
     recovery: Spec = None,
     quantiser: Spec = None,
     heldout: Tensor | Inputs | None = None,
+    training: Tensor | Inputs | None = None,
     objective: Spec = "next_token",
     part: str | None = None,
     seed: int = 0,
@@ -145,6 +146,7 @@ def prune(
         recovery: a stage that trains the pruned model; None for none.
         quantiser: a stage after it; None for none.
         heldout: token ids or inputs for allocators that search (`("atp", {"beta": "auto"})`).
+        training: token ids or inputs for what trains: `method="losa"`, `recovery="masked_lora"`.
         objective: the loss that searches and gradients mean.
         part: which tower of a model with several: `language`, `vision` or a module's name; None for the decoder.
         seed: of whatever draws.
@@ -186,7 +188,14 @@ def prune(
     model.eval()
     try:
         return prune_model(
-            view, calibration, recipe, heldout=scored, batch_size=batch_size, snapshot=lambda: dense, seed=seed
+            view,
+            calibration,
+            recipe,
+            heldout=scored,
+            training=None if training is None else as_inputs(training, 2),
+            batch_size=batch_size,
+            snapshot=lambda: dense,
+            seed=seed,
         )
     except BaseException:
         view.restore(dense)

@@ -72,6 +72,7 @@ def prune(cell: Cell, bench: Bench, calibration: Inputs, heldout: Inputs, clock:
             seed=cell.config["seed"],
             progress=progress,
             checkpoint=Checkpoint(cell.folder),
+            inputs=lambda spec: bench.inputs(spec, cell.config["seed"]),
         )
 
 

@@ -138,6 +138,8 @@ def prune_model(
     seed: int = 0,
     progress: Progress = silent,
     checkpoint: Checkpoint | None = None,
+    training: Inputs | None = None,
+    inputs: Callable[[Any], Inputs] | None = None,
 ) -> PruneResult:
     """Prune in place by the recipe's method, then run its stages.
 
@@ -154,6 +156,8 @@ def prune_model(
         seed: of whatever draws.
         progress: told of phases.
         checkpoint: of the cell's folder.
+        training: what methods and stages train on that name no text of their own.
+        inputs: makes what a spec of training text names.
     """
     view.check_finite()
     for given in (calibration, heldout):
@@ -175,15 +179,23 @@ def prune_model(
         memo={} if memo is None else memo,
         progress=progress,
         checkpoint=checkpoint or Checkpoint(),
+        training=training,
+        inputs=inputs,
     )
+    for part in (recipe.method, *recipe.stages.values()):
+        part.prepare(job)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         pruned = recipe.method.apply(view, job)
         masks, notes = pruned.masks, {**pruned.plan.notes, **pruned.notes}
         for name, stage in recipe.stages.items():
             staged = stage.apply(view, masks, job)
+            notes |= {f"{name}.{key}": value for key, value in staged.notes.items()}
+            if not staged.sparse:
+                masks = Masks()  # nothing is known to be zero
+                continue
             staged.masks.check_within(masks)
-            masks, notes = staged.masks, notes | {f"{name}.{key}": value for key, value in staged.notes.items()}
+            masks = staged.masks
             masks.check(view)
     check_zeros_stay(view, masks, calibration)
     return PruneResult(view.sparsity(), pruned.plan, pruned.layers, masks, notes, tuple(view.skipped))

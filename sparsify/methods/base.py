@@ -38,6 +38,9 @@ class Method(ABC):
 
     version: int
 
+    def prepare(self, job: Job) -> None:
+        """Refuse, before anything is done, what could not be done later."""
+
     @abstractmethod
     def apply(self, view: BlockView, job: Job) -> MethodResult:
         """Prune the model in place."""
@@ -45,10 +48,17 @@ class Method(ABC):
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage did: the masks as they are now, and notes for the record."""
+    """What a stage did.
+
+    Attributes:
+        masks: as they are now.
+        notes: for the record.
+        sparse: False where the stage filled the zeros again: a baseline, whose masks hold no longer.
+    """
 
     masks: Masks
     notes: Mapping[str, Any] = field(default_factory=dict)
+    sparse: bool = True
 
 
 class Stage(ABC):
@@ -62,6 +72,9 @@ class Stage(ABC):
     """
 
     version: int
+
+    def prepare(self, job: Job) -> None:
+        """Refuse, before the model is pruned, what could not be done after it; the model is dense now."""
 
     @abstractmethod
     def apply(self, view: BlockView, masks: Masks, job: Job) -> StageResult:

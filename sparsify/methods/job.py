@@ -8,7 +8,9 @@ from typing import Any
 from sparsify.allocators.base import Allocator, allocate
 from sparsify.allocators.budget import apply_pattern
 from sparsify.allocators.context import Context
-from sparsify.data.inputs import Inputs
+from sparsify.data.examples import Examples, as_examples
+from sparsify.data.inputs import Inputs, as_inputs
+from sparsify.errors import UsageError
 from sparsify.methods.blockwise import BlockwisePruning, LayerResult, Regime
 from sparsify.methods.checkpoint import Checkpoint
 from sparsify.model.blocks import BlockView
@@ -39,6 +41,8 @@ class Job:
         memo: what allocators have asked about the dense model.
         progress: to be told of phases.
         checkpoint: keeps what a long method must not lose; of the cell's folder, or nowhere.
+        training: what methods and stages train on that name no text of their own.
+        inputs: makes what a spec of text names; None where there is no tokenizer.
     """
 
     view: BlockView
@@ -55,6 +59,38 @@ class Job:
     memo: dict[Any, Any] = field(default_factory=dict)
     progress: Progress = silent
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    training: Inputs | None = None
+    inputs: Callable[[Any], Inputs] | None = None
+    _examples: dict[int, Examples] = field(default_factory=dict, init=False)
+
+    def dense(self) -> DenseModel:
+        """The dense model; to be asked for first before anything is changed."""
+        if self.snapshot is None:
+            self.snapshot = cache(self.view.snapshot)
+        return self.snapshot()
+
+    def examples(self, training: Any) -> Examples:
+        """What a method or stage trains on, made once.
+
+        Args:
+            training: a spec with `inputs(tokenizer, seed)`, `Inputs`, or token ids [n, seqlen]; None for the job's.
+
+        Raises:
+            UsageError: there is no text, or only a spec of one where there is no tokenizer.
+        """
+        if id(training) not in self._examples:
+            self._examples[id(training)] = as_examples(self._made(training))
+        return self._examples[id(training)]
+
+    def _made(self, training: Any) -> Inputs:
+        chosen, spec = self.training if training is None else training, hasattr(training, "text")
+        if chosen is None or (spec and self.inputs is None):
+            raise UsageError(
+                "This trains, and needs text to train on",
+                got="training=None" if chosen is None else type(training).__name__,
+                fix="sparsify.prune(..., training=<token ids [n, seqlen]>)",
+            )
+        return self.inputs(chosen) if spec and self.inputs is not None else as_inputs(chosen)
 
     def plan(self, sparsity: float, *, regime: Regime = "propagated", changed: bool = False) -> SparsityPlan:
         """The allocator's plan for a sparsity; a loop may ask again and again.

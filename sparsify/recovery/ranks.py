@@ -1,4 +1,4 @@
-"""How LoSA spreads its steps: sparsity, mean rank, and the rank of every block (arXiv 2502.14816)."""
+"""How LoSA spreads its steps: sparsity, samples, mean rank, and the rank of every block (arXiv 2502.14816)."""
 
 import math
 from collections.abc import Sequence
@@ -24,6 +24,27 @@ def mean_rank(t: int, first: int = 6) -> int:
     """
     _check_step(t)
     return first + t - 1
+
+
+def step_samples(t: int, T: int, samples: int, *, released: bool = False) -> range:
+    """Which of the training samples step t sees: n / 2T of them, and the last step the rest; none twice.
+
+    The release (`main.py`, 10,000 samples, T = 5) leaves the first n / 2T out, and its last step begins with those of the
+    step before: [1000t, 1000t + 1000) for t < 5, then [4000, 10000).
+
+    Raises:
+        UsageError: a step would see none.
+    """
+    _check_step(t)
+    share = samples // (2 * T) if T > 1 else 0
+    if samples < 1 or (T > 1 and share < 1):
+        raise UsageError(
+            "Every step trains on samples of its own", got=f"{samples} samples", allowed=f"at least {2 * T} for T={T}"
+        )
+    shift = share if released else 0
+    if t < T:
+        return range((t - 1) * share + shift, t * share + shift)
+    return range((T - 1) * share, samples)
 
 
 def allocate_ranks(

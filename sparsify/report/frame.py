@@ -22,7 +22,7 @@ MEASUREMENT = ("evaluation", "metric", "protocol", "value", "text_sha256", "stde
 GROUPS = ("pruner", "allocator", "method", "objective", "recovery", "quantiser")
 """Components of a cell, each a column of its config name and one for every parameter."""
 
-INNER = {"source": "perturbation", "pruner": "pruner"}
+INNER = {"source": "perturbation", "pruner": "pruner", "schedule": "schedule"}
 """Config groups of components inside others, by parameter; others are of the group they stand in."""
 
 
@@ -84,7 +84,9 @@ def _component(column: str, group: str, node: Mapping[str, Any]) -> dict[str, An
     """A component by its config name and every parameter; a component inside is named in its parameter's column."""
     row = {column: registry.name_of(group, node)}
     for name, value in node.items():
-        if isinstance(value, Mapping) and "_target_" in value:
+        if isinstance(value, Mapping) and "text" in value and "split" in value:
+            row[f"{column}.{name}"] = f"{value['text'].get('corpus', value['text'])} {value['split']}"
+        elif isinstance(value, Mapping) and "_target_" in value:
             row |= _component(f"{column}.{name}", INNER.get(name, group), value)
         elif not name.startswith("_"):
             row[f"{column}.{name}"] = _scalar(value)

@@ -44,7 +44,7 @@ RESERVED = ("_since_", "_reads_", "_check_")
 Functions are named by import path and lie in modules without torch.
 """
 
-COMPONENTS = ("pruner", "allocator", "method", "recovery", "quantiser", "objective", "perturbation")
+COMPONENTS = ("pruner", "allocator", "method", "recovery", "quantiser", "objective", "perturbation", "schedule")
 """Groups in which a class has one YAML with its `_target_`; a variant stands on it by a defaults list."""
 
 

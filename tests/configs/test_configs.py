@@ -75,7 +75,7 @@ def test_every_folder_is_a_group_of_the_menu():
     menu = {re.split("[@ ]", key)[0] for key in keys if not key.startswith(("override ", "optional "))}
     folders = {file.relative_to(paths.configs()).parts[0] for file in FILES} - {"config.yaml", "local"}
     without = {next(iter(line)) for line in entries if None in line.values()}  # stages of which there is none yet
-    assert folders | without == menu | {"table", "hydra", "perturbation"}
+    assert folders | without == menu | {"table", "hydra", "perturbation", "schedule"}
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS)

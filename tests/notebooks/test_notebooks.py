@@ -12,6 +12,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 SMALL = {
     "error_growth": 'MODEL, WINDOWS, SEQLEN = "shape/tiny", 2, 16',
     "absorption": 'MODEL, WINDOWS, SEQLEN, SEEDS = "shape/tiny", 2, 16, 2',
+    "losa": 'MODEL, WINDOWS, SEQLEN, SAMPLES = "shape/tiny", 4, 16, 8',
 }
 """What is put below the cell tagged `parameters`."""
 

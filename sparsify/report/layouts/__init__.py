@@ -15,6 +15,7 @@ from sparsify.report.layouts.correction import Corrections
 from sparsify.report.layouts.curves import Curves
 from sparsify.report.layouts.medians import Medians
 from sparsify.report.layouts.perplexities import Perplexities
+from sparsify.report.layouts.recovery import Recovery
 from sparsify.report.layouts.search import Searches
 from sparsify.report.layouts.seeds import Seeds
 from sparsify.report.layouts.sensitivity import Sensitivity
@@ -29,6 +30,7 @@ LAYOUTS: dict[str, type[Layout]] = {
     "curves": Curves,
     "medians": Medians,
     "perplexities": Perplexities,
+    "recovery": Recovery,
     "search": Searches,
     "seeds": Seeds,
     "sensitivity": Sensitivity,

@@ -1,0 +1,219 @@
+"""The training loop of adapters and of surviving weights, on one process or, by accelerate, on several."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sparsify.data.examples import Examples
+from sparsify.data.inputs import Batch
+from sparsify.errors import NumericsError, UsageError
+from sparsify.model.blocks import BlockView
+from sparsify.model.gradients import LARGE, recomputing
+from sparsify.model.objective import head_is_plain, head_logits
+from sparsify.progress import Progress, silent
+from sparsify.recovery.schedule import Schedule
+
+SLICE = 2048
+"""Predicted tokens whose logits are held at once."""
+GROUPED = 50
+"""Batches whose samples are sorted by length together, as transformers' `group_by_length` does."""
+
+
+class Trainer:
+    """An optimiser of some parameters of a model, somewhere in its schedule.
+
+    With several processes (`accelerate launch`) each has the whole model, takes its share of every batch, and gradients
+    are averaged: losses and weights are those of one process, up to the order of sums.
+
+    Args:
+        view: the model; modules are in train mode while it runs, and as they were afterwards.
+        parameters: what is trained, in single precision.
+        schedule: how.
+        total: steps of the whole schedule.
+        dense: a copy of the dense model, for `schedule.distill`.
+        after: called after every step of the optimiser.
+    """
+
+    def __init__(
+        self,
+        view: BlockView,
+        parameters: Sequence[nn.Parameter],
+        schedule: Schedule,
+        total: int,
+        *,
+        dense: nn.Module | None = None,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.view, self.parameters, self.schedule, self.total = view, list(parameters), schedule, total
+        self.after, self.step = after, 0
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=schedule.rate, weight_decay=schedule.decay)
+        half = any(layer.stored.dtype == torch.float16 for layer in view.layers)
+        self.scaler = torch.amp.GradScaler(view.device.type, enabled=half)
+        self.accelerator = Accelerator(cpu=view.device.type == "cpu")
+        if schedule.batch % self.accelerator.num_processes:
+            raise UsageError(
+                "Every process takes an equal share of a batch",
+                got=f"batch={schedule.batch}, {self.accelerator.num_processes} processes",
+                fix=f"schedule.batch={self.accelerator.num_processes * 4}",
+            )
+        self.loss = _Loss(view.model, dense, schedule.distill)
+
+    def run(self, examples: Examples, seed: int, progress: Progress = silent) -> list[float]:
+        """Train on all examples, `schedule.epochs` times.
+
+        Args:
+            examples: what is predicted.
+            seed: of their order and of dropout.
+            progress: told of every step.
+
+        Returns:
+            What was lowered, in nats per predicted token, by step of the optimiser.
+
+        Raises:
+            NumericsError: the loss is not finite.
+        """
+        self.loss.look(examples.probe(self.view.device))
+        torch.manual_seed(seed)
+        order = [chosen for epoch in range(self.schedule.epochs) for chosen in self._order(examples, seed, epoch)]
+        losses = []
+        with _training(self.view):
+            module = self.accelerator.prepare_model(self.loss, device_placement=False)
+            for count, chosen in enumerate(order, start=1):
+                losses.append(self._step(module, examples, chosen))
+                progress("training", count, len(order))
+        return losses
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the parameters themselves."""
+        return {"optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict(), "step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Be as at `state_dict`."""
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+
+    def _order(self, examples: Examples, seed: int, epoch: int) -> list[list[int]]:
+        """Batches of samples of like length, in a random order."""
+        generator = torch.Generator().manual_seed(seed + epoch)
+        drawn = torch.randperm(len(examples), generator=generator).tolist()
+        size = self.schedule.batch
+        groups = [drawn[i : i + GROUPED * size] for i in range(0, len(drawn), GROUPED * size)]
+        sorted_ = [i for group in groups for i in sorted(group, key=lambda i: -len(examples.ids[i]))]
+        return [sorted_[i : i + size] for i in range(0, len(sorted_), size)]
+
+    def _step(self, module: nn.Module, examples: Examples, chosen: list[int]) -> float:
+        """One step of the optimiser; the loss before it."""
+        total = sum(len(examples.ids[i]) - examples.starts[i] for i in chosen)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.schedule.rate * self.schedule.factor(self.step, self.total)
+        lowered = self._backward(module, examples, chosen, total)
+        if not math.isfinite(lowered):
+            raise NumericsError(
+                "The loss of a training step is not finite",
+                got=f"{lowered} at step {self.step + 1} of {self.total}",
+                fix="a lower schedule.rate, or dtype=bfloat16 or float32 if this is float16",
+            )
+        self.scaler.unscale_(self.optimiser)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.after()
+        self.step += 1
+        return lowered
+
+    def _backward(self, module: nn.Module, examples: Examples, chosen: list[int], total: int) -> float:
+        """Gradients of the mean over all predicted tokens of the batch, part by part."""
+        processes = self.accelerator.num_processes
+        mine = chosen[self.accelerator.process_index :: processes]
+        parts = list(self._parts(examples, mine or chosen[:1]))
+        lowered = torch.zeros((), dtype=torch.float64, device=self.view.device)
+        for number, part in enumerate(parts, start=1):
+            some = examples.take(part)
+            where = slice(0, len(part))
+            counted = some.counted(where, self.view.device) & bool(mine)  # nothing of a sample that is another's
+            last = number == len(parts)
+            with nullcontext() if last else self.accelerator.no_sync(module):
+                loss = module(some.batch(where, self.view.device), counted)
+                self.accelerator.backward(self.scaler.scale(loss * (processes / total)))
+            lowered += loss.detach() / total
+        gathered: Tensor = self.accelerator.reduce(lowered, "sum")
+        return float(gathered)
+
+    def _parts(self, examples: Examples, mine: list[int]) -> Iterator[list[int]]:
+        longest = max(len(examples.ids[i]) for i in mine)
+        room = 2048 if self.view.device.type == "cpu" else 8192
+        size = self.schedule.micro or max(1, room // longest)
+        yield from (mine[i : i + size] for i in range(0, len(mine), size))
+
+
+class _Loss(nn.Module):
+    """What is lowered, in nats, summed over the counted tokens of a batch."""
+
+    def __init__(self, model: nn.Module, dense: nn.Module | None, distill: float) -> None:
+        super().__init__()
+        if distill > 0 and dense is None:
+            raise UsageError("Distillation needs the dense model", fix="dense=<a copy of it>")
+        self.model, self.distill = model, distill
+        self.dense = (dense,)  # in a tuple: no part of what is trained or synchronised
+        self.plain = True
+
+    def look(self, batch: Batch) -> None:
+        """See whether the head alone makes the model's logits; in eval mode, where nothing is drawn."""
+        self.plain = head_is_plain(self.model, batch["input_ids"][:1, :8])
+
+    def forward(self, batch: Batch, counted: Bool[Tensor, "b seq"]) -> Float[Tensor, ""]:
+        labels, dense = batch["input_ids"][:, 1:][counted[:, 1:]], self.dense[0] if self.distill else None
+        mine = self._states(self.model, batch, counted)
+        with torch.no_grad():
+            theirs = mine.detach() if dense is None else self._states(dense, batch, counted)
+        sums = [
+            checkpoint(self._of_slice, *part, use_reentrant=False)
+            for part in zip(mine.split(SLICE), theirs.split(SLICE), labels.split(SLICE), strict=True)
+        ]
+        return torch.stack(sums).sum() if sums else mine.sum() * 0.0
+
+    def _states(self, model: nn.Module, batch: Batch, counted: Bool[Tensor, "b seq"]) -> Float[Tensor, "tok dim"]:
+        """Last hidden states that predict a counted token; logits, where the head alone does not make these."""
+        if self.plain:
+            states = model.base_model(**batch).last_hidden_state  # type: ignore[operator]
+        else:
+            states = model(**batch).logits
+        chosen: Tensor = states[:, :-1][counted[:, 1:]]
+        return chosen
+
+    def _of_slice(self, mine: Tensor, theirs: Tensor, labels: Tensor) -> Float[Tensor, ""]:
+        logits = self._logits(self.model, mine)
+        loss = F.cross_entropy(logits, labels, reduction="sum") * (1 - self.distill)
+        if self.distill and (dense := self.dense[0]) is not None:
+            with torch.no_grad():
+                wanted = self._logits(dense, theirs).log_softmax(dim=-1)
+            loss = loss + self.distill * F.kl_div(
+                logits.log_softmax(dim=-1), wanted, log_target=True, reduction="sum"
+            )
+        return loss
+
+    def _logits(self, model: nn.Module, states: Tensor) -> Float[Tensor, "tok vocab"]:
+        return (head_logits(model, states) if self.plain else states).float()
+
+
+@contextmanager
+def _training(view: BlockView) -> Iterator[None]:
+    """Train mode, gradients, and activations computed again where the model is large."""
+    modes = {module: module.training for module in view.model.modules()}
+    view.model.train()
+    try:
+        with torch.enable_grad(), recomputing(view.blocks) if view.table.numel > LARGE else nullcontext():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
