@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from sparsify import paths
 from sparsify.data.documents import read as documents_of
+from sparsify.data.documents import rows as rows_of
 from sparsify.errors import DataError, UsageError
 
 
@@ -58,6 +59,16 @@ class Corpus:
         if not any(text.strip() for text in documents):
             raise DataError(f"The {split} split of {self.name} is empty", got=f"{len(documents)} documents")
         return documents
+
+    def rows(self, split: str) -> Iterator[tuple[str, dict[str, str]]]:
+        """The rows of a split in order, each with where it stands (`<file>, line 7`) and its columns.
+
+        Raises:
+            DataError: the split is nowhere, or a file of it has no rows or a broken one.
+        """
+        for file in self._files(split):
+            for place, values in rows_of(file, list(self.columns)):
+                yield f"{file}, {place}", values
 
     def fingerprint(self, split: str) -> dict[str, str]:
         """What identifies the text without reading a machine path: local content hash, or hub revision."""

@@ -6,13 +6,15 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparsify.errors import DataError
 
 JSON = (".json", ".jsonl", ".ndjson")
+ROWS = (*JSON, ".parquet")
+"""Endings of files that have rows; each of them also with `.gz`."""
 
 
 def read(file: Path, columns: Sequence[str]) -> Iterator[str]:
@@ -26,13 +28,35 @@ def read(file: Path, columns: Sequence[str]) -> Iterator[str]:
     Raises:
         DataError: the file is damaged, in another encoding, or has no such column; the message names it.
     """
-    name = file.name.lower().removesuffix(".gz")
-    if name.endswith(".parquet"):
-        return _joined(_parquet(file, columns), columns, file)
+    if _is(file, ROWS):
+        return _joined(_columns(file, columns))
     text = _text(file)
-    if name.endswith(JSON):
-        return _joined(_json(text, file), columns, file)
-    return _wikitext_rows(text) if name.endswith(".raw") else iter([text.replace("\r\n", "\n").replace("\r", "\n")])
+    return _wikitext_rows(text) if _is(file, (".raw",)) else iter([text.replace("\r\n", "\n").replace("\r", "\n")])
+
+
+def rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows of one file, each with its place in it: `line 7` of JSON lines, `row 7` of a JSON array or Parquet.
+
+    Args:
+        file: one of the endings of `ROWS`, also with `.gz`.
+        columns: that a row must have; null is an empty text.
+
+    Raises:
+        DataError: as for `read`, or the file has no rows.
+    """
+    if not _is(file, ROWS):
+        raise DataError(
+            "This file has no rows",
+            got=file,
+            allowed=f"{', '.join(ROWS)}, also with .gz",
+            fix="one JSON object a line, or windows of the text instead of samples",
+        )
+    for place, values in _columns(file, columns):
+        yield place, {column: value or "" for column, value in values.items()}
+
+
+def _is(file: Path, endings: tuple[str, ...]) -> bool:
+    return file.name.lower().removesuffix(".gz").endswith(endings)
 
 
 def _text(file: Path) -> str:
@@ -56,19 +80,27 @@ def _text(file: Path) -> str:
         ) from error
 
 
-def _json(text: str, file: Path) -> Iterator[Any]:
+def _columns(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """Place and columns of every row."""
+    found = _parquet(file, columns) if _is(file, (".parquet",)) else _json(_text(file), file)
+    for place, row in found:
+        yield place, _values(row, columns, f"{file}, {place}")
+
+
+def _json(text: str, file: Path) -> Iterator[tuple[str, Any]]:
     """Rows of JSON lines, or of a whole file that is an array."""
     if text.lstrip().startswith("["):
         try:
-            yield from json.loads(text)
+            found = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError("This file is no JSON", got=f"{file}: {error}", allowed="an array of rows") from error
+        yield from _numbered(found)
         return
     for number, line in enumerate(io.StringIO(text), start=1):
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
+            yield f"line {number}", json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
                 "A line of this file is no JSON",
@@ -77,46 +109,53 @@ def _json(text: str, file: Path) -> Iterator[Any]:
             ) from error
 
 
-def _parquet(file: Path, columns: Sequence[str]) -> Iterable[Any]:
+def _parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet as pq
 
     try:
         there = pq.read_schema(file).names
         if missing := [column for column in columns if column not in there]:
-            raise _no_column(file, missing[0], there)
-        rows: list[Any] = pq.read_table(file, columns=list(columns)).to_pylist()
+            raise _no_column(str(file), missing[0], there)
+        found: list[Any] = pq.read_table(file, columns=list(columns)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError("This file is no Parquet", got=f"{file}: {error}", fix="download it again") from error
-    return rows
+    return _numbered(found)
 
 
-def _joined(rows: Iterable[Any], columns: Sequence[str], file: Path) -> Iterator[str]:
+def _numbered(found: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"row {number}", row) for number, row in enumerate(found, start=1))
+
+
+def _values(row: Any, columns: Sequence[str], where: str) -> dict[str, str | None]:
+    """The columns of a row, texts or null; an array may have bare texts as rows."""
+    if isinstance(row, str) and tuple(columns) == ("text",):
+        return {"text": row}
+    if not isinstance(row, Mapping):
+        raise DataError("A row of this file is no object", got=f"{where}: {str(row)[:60]}", allowed='{"text": "..."}')
+    if missing := [column for column in columns if column not in row]:
+        raise _no_column(where, missing[0], [str(key) for key in row])
+    values = {column: row[column] for column in columns}
+    if odd := [value for value in values.values() if value is not None and not isinstance(value, str)]:
+        raise DataError("A column of this file holds no text", got=f"{where}: {str(odd[0])[:60]}", allowed="strings")
+    return values
+
+
+def _joined(rows: Iterator[tuple[str, dict[str, str | None]]]) -> Iterator[str]:
     """A document per row: its columns, joined by line breaks. Rows without any text are left out."""
-    for row in rows:
-        if isinstance(row, str) and tuple(columns) == ("text",):
-            yield row
-            continue
-        if not isinstance(row, Mapping):
-            raise DataError(
-                "A row of this file is no object", got=f"{file}: {str(row)[:60]}", allowed='{"text": "..."}'
-            )
-        if missing := [column for column in columns if column not in row]:
-            raise _no_column(file, missing[0], [str(key) for key in row])
-        texts = [row[column] for column in columns if row[column] is not None]
-        if odd := [text for text in texts if not isinstance(text, str)]:
-            raise DataError("A column of this file holds no text", got=f"{file}: {str(odd[0])[:60]}", allowed="strings")
+    for _, values in rows:
+        texts = [text for text in values.values() if text is not None]
         if texts:
-            yield "\n".join(text for text in texts if text or len(columns) == 1)
+            yield "\n".join(text for text in texts if text or len(values) == 1)
 
 
-def _no_column(file: Path, column: str, there: Sequence[str]) -> DataError:
+def _no_column(where: str, column: str, there: Sequence[str]) -> DataError:
     return DataError(
         "This file has no such column",
-        got=f"{column} of {file}",
+        got=f"{column} of {where}",
         allowed=", ".join(there),
-        fix=f"calibration.text.columns=[{there[0] if there else 'name'}] (also heldout.text, test.text), or "
-        "sparsify.windows(..., text_column=...)",
+        fix=f"calibration.text.columns=[{there[0] if there else 'name'}] (also heldout.text, test.text, "
+        "tuning.text), or sparsify.windows(..., text_column=...)",
     )
 
 

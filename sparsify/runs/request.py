@@ -32,6 +32,8 @@ def check(config: Config) -> None:
             )
     for part in ("calibration", "heldout", "test"):
         _check_windows(config.get(part), part)
+    if config.get("tuning") is not None:  # most cells train nothing, and older ones know no such section
+        _check_windows(config["tuning"], "tuning")
     _refuse_missing(config, "")
     if lacking := [key for key in PLAIN if key not in config]:
         raise UsageError(f"{lacking[0]} must be given", fix=f"{lacking[0]}=<value>")

@@ -19,7 +19,7 @@ OPTIONS = [(group, name) for group in GROUPS for name in registry.names(group)]
 EXPERIMENTS = registry.names("experiment")
 TABLES = registry.names("table")
 SCALES = registry.names("scale")
-PLACES = {"data": ("data@calibration.text", "data@heldout.text", "data@test.text")}
+PLACES = {"data": ("data@calibration.text", "data@heldout.text", "data@test.text", "data@tuning.text")}
 GIVEN = {("model", "hub"): ["model.id=org/name"], ("model", "gguf"): ["model.file=org/name/file.gguf"]}
 COMMAND = re.compile(r"python -m sparsify(?:\.sweep|\.report|\.plan)?((?: [^\s#&(]+)*)")
 MAKE = re.compile(r"\bmake ([a-z]\w*)((?: [A-Z]+=\S+)*)")

@@ -24,6 +24,7 @@ CELLS = [
     ["eval=zeroshot", "eval.limit=20", "eval.tasks=[boolq,rte]"],
     ["eval=absorption", "calibration.windows=1"],
     ["data@calibration.text=wikitext2", "calibration.split=test"],
+    ["scale=paper", "data@tuning.text=c4", "tuning.samples=5"],
     ["+allocator@allocator.parts.lsa=lsa", "allocator=blend"],
     ["+a_new_key={b: [1, 2]}", "sparsity=7e-1", "batch_size=null", "pattern='2:4'"],
     ["~logger"],
