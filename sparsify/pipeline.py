@@ -3,6 +3,7 @@
 The library call `sparsify.prune` is the third step alone, by the same code.
 """
 
+import os
 from dataclasses import replace
 
 from sparsify.cells import evaluating, kept, recording
@@ -10,6 +11,7 @@ from sparsify.cells.bench import Bench, bench_of
 from sparsify.cells.cell import Cell
 from sparsify.cells.clock import Clock
 from sparsify.data.inputs import Inputs
+from sparsify.errors import UsageError
 from sparsify.methods.checkpoint import Checkpoint
 from sparsify.recipe import PruneResult, prune_model
 from sparsify.runs import console
@@ -23,6 +25,7 @@ def run_cell(config: Config) -> Record:
     Raises:
         SparsifyError: what went wrong; a failed record is left behind unless there is a good one.
     """
+    _refuse_several()
     cell = Cell.of(config)
     fresh = not recording.is_complete(cell)
     if fresh:
@@ -30,6 +33,16 @@ def run_cell(config: Config) -> Record:
             if not recording.is_complete(cell):  # by another process meanwhile
                 _run(cell, Clock())
     return finish(cell, fresh)
+
+
+def _refuse_several() -> None:
+    """Several processes would each write the record of the same cell."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "A cell is run by one process",
+            got=f"WORLD_SIZE={os.environ['WORLD_SIZE']}, as accelerate and torchrun set it",
+            fix="python -m sparsify without them; to train one model on several, call sparsify.prune under accelerate",
+        )
 
 
 def _run(cell: Cell, clock: Clock) -> None:

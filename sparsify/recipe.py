@@ -182,8 +182,9 @@ def prune_model(
         training=training,
         inputs=inputs,
     )
-    for part in (recipe.method, *recipe.stages.values()):
-        part.prepare(job)
+    recipe.method.prepare(job)
+    for stage in recipe.stages.values():
+        stage.prepare(job)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         pruned = recipe.method.apply(view, job)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsify.cells.cell import Cell
 from sparsify.data.inputs import Inputs
+from sparsify.data.samples import Samples
 from sparsify.data.windows import Windows
 from sparsify.evaluation.base import Subject
 from sparsify.model.blocks import BlockView
@@ -40,7 +41,7 @@ class Bench:
         """Make the model dense, whatever the last cell did to it."""
         self.view.restore(self.dense)
 
-    def inputs(self, windows: Windows, seed: int) -> Inputs:
+    def inputs(self, windows: Windows | Samples, seed: int) -> Inputs:
         """Inputs of a spec, made once per process."""
         name = f"{windows!r}:{seed}"
         if name not in self._inputs:

@@ -38,7 +38,7 @@ class Method(ABC):
 
     version: int
 
-    def prepare(self, job: Job) -> None:
+    def prepare(self, job: Job) -> None:  # noqa: B027
         """Refuse, before anything is done, what could not be done later."""
 
     @abstractmethod
@@ -73,7 +73,7 @@ class Stage(ABC):
 
     version: int
 
-    def prepare(self, job: Job) -> None:
+    def prepare(self, job: Job) -> None:  # noqa: B027
         """Refuse, before the model is pruned, what could not be done after it; the model is dense now."""
 
     @abstractmethod

@@ -24,7 +24,7 @@ from sparsify.recovery.adapters import Adapters
 from sparsify.recovery.ranks import allocate_ranks, step_samples, step_sparsity
 from sparsify.recovery.schedule import Schedule
 from sparsify.recovery.teacher import dense_copy
-from sparsify.recovery.training import Trainer
+from sparsify.recovery.training import Trainer, peak_memory
 from sparsify.types import SparsityPlan, check_whole
 
 
@@ -33,17 +33,17 @@ class LoSA(Method):
     """Dynamic low-rank sparse adaptation: T steps of pruning and training with masked adapters.
 
     Source: LoSA (arXiv 2502.14816), Algorithm 1, and its released code where the text is silent. Step t
-    (1) merges the adapters into the weights; (2) asks the cell's allocator (LoSA's own is `similarity`) for sparsities of
-    mean Theta_f - Theta_f (1 - t/T)^3; (3) prunes with the cell's pruner; (4) measures every block's reconstruction loss
-    against the dense model; (5) takes the adapters out again; (6) gives block i a rank in proportion to its loss, of
-    mean first_rank + growth (t - 1); (7) trains the adapters, W x + scale M.(BA) x with M = (W != 0), on its share of
-    the text. At the end the adapters are merged, and every zero stays.
+    (1) merges the adapters into the weights; (2) asks the cell's allocator (LoSA's own is `similarity`) for
+    sparsities of mean Theta_f - Theta_f (1 - t/T)^3; (3) prunes with the cell's pruner; (4) measures every block's
+    reconstruction loss against the dense model; (5) takes the adapters out again; (6) gives block i a rank in
+    proportion to its loss, of mean first_rank + growth (t - 1); (7) trains the adapters, W x + scale M.(BA) x with
+    M = (W != 0), on its share of the text. At the end the adapters are merged, and every zero stays.
 
     Deviations, undone by `released=true`: weights that were pruned may come back, with the dense model's value, so
-    that each step and the last have exactly the sparsity that was asked for (the release's zeros never grow back, and a
-    block whose share falls ends up too sparse); as many components are stored as ranks are allocated (the release stores
-    eight and allocates up to sixteen); a block whose rank falls keeps what was trained; no sample is seen by two steps;
-    ranks add up exactly. Under a fixed N:M every step prunes to the pattern: only the masks are chosen anew.
+    that each step and the last have exactly the sparsity that was asked for (the release's zeros never grow back, and
+    a block whose share falls ends up too sparse); as many components are stored as ranks are allocated (the release
+    stores eight and allocates up to sixteen); a block whose rank falls keeps what was trained; no sample is seen by
+    two steps; ranks add up exactly. Under a fixed N:M every step prunes to the pattern: only the masks are chosen anew.
 
     Attributes:
         training: the text: a spec with `inputs(tokenizer, seed)`, `Inputs`, or token ids [n, seqlen].
@@ -120,12 +120,13 @@ class LoSA(Method):
         dense = job.dense()
         teacher = dense_copy(view, dense) if self.schedule.distill else None
         rank, schedule = min(self.first_rank, self.stored), self.schedule
-        with Adapters(
-            view, rank, self.stored, scale=self.scale, dropout=schedule.dropout, seed=job.seed
-        ) as adapters:
+        with (
+            peak_memory(view.device) as peak,
+            Adapters(view, rank, self.stored, scale=self.scale, dropout=schedule.dropout, seed=job.seed) as adapters,
+        ):
             result = _Run(self, view, job, job.examples(self.training), dense, teacher, adapters).result()
             adapters.merge()
-        return result
+            return replace(result, notes={**result.notes, **peak()})
 
 
 @dataclass

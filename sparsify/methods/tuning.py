@@ -17,7 +17,7 @@ from sparsify.model.masks import Masks
 from sparsify.recovery.adapters import Adapters
 from sparsify.recovery.schedule import Schedule
 from sparsify.recovery.teacher import dense_copy
-from sparsify.recovery.training import Trainer
+from sparsify.recovery.training import Trainer, peak_memory
 from sparsify.types import check_whole
 
 
@@ -43,9 +43,10 @@ class _Tuning(Stage):
         """Train these parameters on all of the text; notes for the record."""
         text = job.examples(self.training)
         teacher = dense_copy(view, job.dense()) if self.schedule.distill else None
-        trainer = Trainer(view, parameters, self.schedule, self.schedule.steps(len(text)), dense=teacher, **options)
-        losses = trainer.run(text, job.seed, job.progress)
-        return {"loss": losses, "training_tokens": sum(map(len, text.ids))}
+        with peak_memory(view.device) as peak:
+            trainer = Trainer(view, parameters, self.schedule, self.schedule.steps(len(text)), dense=teacher, **options)
+            losses = trainer.run(text, job.seed, job.progress)
+            return {"loss": losses, "training_tokens": sum(map(len, text.ids)), **peak()}
 
 
 @dataclass(frozen=True, kw_only=True)

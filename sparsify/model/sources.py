@@ -1,5 +1,6 @@
 """Loading a model: a hub id or folder, or random weights of a given shape; GGUF files are in `model.gguf`."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,12 +54,14 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def pick_device(name: str) -> str:
-    """`auto` is the first accelerator, else the CPU.
+    """`auto` is the first accelerator, of several processes each one's own, else the CPU.
 
     Raises:
         UsageError: not a device torch can use here.
     """
     if name == "auto":
+        if torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         if not isinstance(name, str):  # torch takes None for the CPU

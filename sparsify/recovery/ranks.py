@@ -29,8 +29,8 @@ def mean_rank(t: int, first: int = 6) -> int:
 def step_samples(t: int, T: int, samples: int, *, released: bool = False) -> range:
     """Which of the training samples step t sees: n / 2T of them, and the last step the rest; none twice.
 
-    The release (`main.py`, 10,000 samples, T = 5) leaves the first n / 2T out, and its last step begins with those of the
-    step before: [1000t, 1000t + 1000) for t < 5, then [4000, 10000).
+    The release (`main.py`, 10,000 samples, T = 5) leaves the first n / 2T out, and its last step begins with those of
+    the step before: [1000t, 1000t + 1000) for t < 5, then [4000, 10000).
 
     Raises:
         UsageError: a step would see none.

@@ -50,7 +50,7 @@ class Schedule:
         check_whole("epochs", self.epochs)
         check_whole("batch", self.batch)
         check_whole("micro", self.micro, or_null=True)
-        if not 0 < self.rate < math.inf or not 0 < self.clip or not 0 <= self.decay < math.inf:
+        if not 0 < self.rate < math.inf or not self.clip > 0 or not 0 <= self.decay < math.inf:
             raise UsageError(
                 "The optimiser's settings are out of range",
                 got=f"rate={self.rate}, clip={self.clip}, decay={self.decay}",

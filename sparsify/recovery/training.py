@@ -197,13 +197,19 @@ class _Loss(nn.Module):
         if self.distill and (dense := self.dense[0]) is not None:
             with torch.no_grad():
                 wanted = self._logits(dense, theirs).log_softmax(dim=-1)
-            loss = loss + self.distill * F.kl_div(
-                logits.log_softmax(dim=-1), wanted, log_target=True, reduction="sum"
-            )
+            loss = loss + self.distill * F.kl_div(logits.log_softmax(dim=-1), wanted, log_target=True, reduction="sum")
         return loss
 
     def _logits(self, model: nn.Module, states: Tensor) -> Float[Tensor, "tok vocab"]:
         return (head_logits(model, states) if self.plain else states).float()
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], dict[str, float]]]:
+    """What the accelerator held at most since the block began, in GiB, as a note for the record; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield lambda: {"peak_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
 
 
 @contextmanager

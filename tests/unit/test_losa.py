@@ -11,8 +11,8 @@ from sparsify.data.inputs import as_inputs
 from sparsify.errors import UsageError
 from sparsify.methods.checkpoint import Checkpoint
 from sparsify.methods.losa import LoSA
-from sparsify.methods.tuning import LoRA, MaskedLoRA, Survivors
 from sparsify.methods.oneshot import OneShot
+from sparsify.methods.tuning import LoRA, MaskedLoRA, Survivors
 from sparsify.model.blocks import BlockView
 from sparsify.pruners.magnitude import Magnitude
 from sparsify.pruners.sparsegpt import SparseGPT
@@ -45,13 +45,17 @@ def weights(view):
 @pytest.mark.parametrize("pruner", [Wanda(), SparseGPT(), Magnitude()], ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("allocator", [Uniform(), Similarity(windows=None)], ids=lambda a: type(a).__name__)
 def test_the_final_sparsity_is_exactly_what_was_asked_for(make_model, tokens, text, pruner, allocator):
-    view, result = run(make_model, tokens, LoSA(training=text, schedule=QUICK, steps=3), pruner=pruner, allocator=allocator)
-    plain, expected = run(make_model, tokens, OneShot(), pruner=pruner, allocator=Uniform())
+    view, result = run(
+        make_model, tokens, LoSA(training=text, schedule=QUICK, steps=3), pruner=pruner, allocator=allocator
+    )
+    _, expected = run(make_model, tokens, OneShot(), pruner=pruner, allocator=Uniform())
     counted = sum(int((layer.weight == 0).sum()) for layer in view.layers)
     assert counted == sum(row.zeros for row in result.layers)
     assert result.sparsity == pytest.approx(expected.sparsity, abs=2e-2 if allocator != Uniform() else 1e-12)
     result.masks.check(view)
-    assert [name for name, _ in view.model.named_parameters()] == [n for n, _ in plain.model.named_parameters()]
+    assert {name for name, _ in view.model.named_parameters()} == {
+        name for name, _ in make_model(num_hidden_layers=4).named_parameters()
+    }
     json.dumps(result.notes, allow_nan=False)
 
 
@@ -69,7 +73,6 @@ def test_training_helps(make_model, tokens):
     """On the calibration text itself, which a tiny model can learn."""
     schedule = Schedule(rate=2e-2, batch=4, dropout=0.0, clip=1.0, warmup=0.0, epochs=20)
     many = tokens.repeat(4, 1)
-    _, plain = run(make_model, tokens, OneShot())
     scores = []
     for method in (OneShot(), LoSA(training=many, schedule=schedule, steps=2)):
         view, _ = run(make_model, tokens, method)
@@ -136,12 +139,14 @@ def test_allocation_once_is_scaled_down_for_the_steps_before(make_model, tokens,
     )
     assert Asked.calls == [0.7]
     first, last = result.notes["step_block_sparsity"][0], result.notes["step_block_sparsity"][-1]
-    assert [a / b for a, b in zip(first, last, strict=True)] == pytest.approx([result.notes["step_sparsity"][0] / 0.7] * 4, abs=0.06)
+    assert [a / b for a, b in zip(first, last, strict=True)] == pytest.approx(
+        [result.notes["step_sparsity"][0] / 0.7] * 4, abs=0.06
+    )
 
 
 def test_the_release_keeps_zeros_and_stores_eight_components(make_model, tokens, text):
     method = LoSA(training=text, schedule=QUICK, steps=3, first_rank=8, released=True)
-    view, result = run(make_model, tokens, method, allocator=Similarity(windows=None, d=0.2))
+    _, result = run(make_model, tokens, method, allocator=Similarity(windows=None, d=0.2))
     assert method.stored == 8
     assert max(max(ranks) for ranks in result.notes["step_ranks"]) <= 8
     assert result.sparsity >= 0.7 - 1e-9
@@ -153,7 +158,10 @@ def test_reconstruction_losses_by_hand(make_model, tokens):
 
     def outputs():
         seen = []
-        hooks = [b.register_forward_hook(lambda m, i, o: seen.append(o[0] if isinstance(o, tuple) else o)) for b in view.blocks]
+        hooks = [
+            b.register_forward_hook(lambda m, i, o: seen.append(o[0] if isinstance(o, tuple) else o))
+            for b in view.blocks
+        ]
         with torch.no_grad():
             view.model(tokens)
         for hook in hooks:
@@ -170,8 +178,11 @@ def test_reconstruction_losses_by_hand(make_model, tokens):
 
 
 def test_masked_lora_keeps_zeros_and_lora_does_not(make_model, tokens, text):
-    for stage, sparse in ((MaskedLoRA(training=text, schedule=QUICK), True), (LoRA(training=text, schedule=QUICK), False)):
-        view, result = run(make_model, tokens, OneShot(), stages={"recovery": stage})
+    for stage, sparse in (
+        (MaskedLoRA(training=text, schedule=QUICK), True),
+        (LoRA(training=text, schedule=QUICK), False),
+    ):
+        _, result = run(make_model, tokens, OneShot(), stages={"recovery": stage})
         assert result.notes["recovery.sparsity_before"] == pytest.approx(0.7, abs=0.03)
         assert (result.sparsity == result.notes["recovery.sparsity_before"]) is sparse
         assert result.sparsity > 0.6 if sparse else result.sparsity < 0.05
@@ -183,7 +194,14 @@ def test_survivors_are_trained_and_nothing_else(make_model, tokens, text, dtype)
     view = BlockView(make_model().to(dtype))
     norms = {n: p.clone() for n, p in view.model.named_parameters() if "norm" in n or "embed" in n}
     places = {n: p.data_ptr() for n, p in view.model.named_parameters()}
-    recipe = Recipe.of(Wanda(), Uniform(), OneShot(), "unstructured", 0.5, stages={"recovery": Survivors(training=text, schedule=QUICK)})
+    recipe = Recipe.of(
+        Wanda(),
+        Uniform(),
+        OneShot(),
+        "unstructured",
+        0.5,
+        stages={"recovery": Survivors(training=text, schedule=QUICK)},
+    )
     result = prune_model(view, as_inputs(tokens), recipe)
     assert result.sparsity == pytest.approx(0.5, abs=0.02)
     plain = BlockView(make_model().to(dtype))
@@ -191,7 +209,6 @@ def test_survivors_are_trained_and_nothing_else(make_model, tokens, text, dtype)
     assert all(not torch.equal(a.weight, b.weight) for a, b in zip(view.layers, plain.layers, strict=True))
     assert all(torch.equal(p, norms[n]) for n, p in view.model.named_parameters() if n in norms)
     assert {n: p.data_ptr() for n, p in view.model.named_parameters()} == places
-    assert not any(p.requires_grad for n, p in view.model.named_parameters() if "proj" in n) or True
 
 
 def test_without_text_the_model_is_not_touched(make_model, tokens):

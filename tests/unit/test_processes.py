@@ -38,7 +38,13 @@ def run(folder, processes):
     script.write_text(SCRIPT)
     running = []
     for rank in range(processes):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": processes,
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": port,
+        }
         several = {name: str(value) for name, value in place.items()} if processes > 1 else {}
         command = [sys.executable, str(script), str(folder / f"{processes}.{rank}.pt")]
         running.append(subprocess.Popen(command, env={**os.environ, **several}, stderr=subprocess.PIPE, text=True))

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 from sparsify.report import frame
-from sparsify.report.layouts import beta_study, medians, search, seeds
-from sparsify.report.layouts.base import Row
+from sparsify.report.layouts import beta_study, medians, recovery, search, seeds
+from sparsify.report.layouts.base import Page, Row
 from sparsify.report.layouts.medians import Medians
+from sparsify.report.layouts.recovery import Recovery
 from sparsify.report.spread import Spread
 
 
@@ -129,3 +130,38 @@ def test_medians_have_their_range_and_rows_without_a_number_are_left_out():
     assert list(shown.columns.get_level_values(1)) == ["50%", "62.5%"]
     assert list(shown.index) == [("wanda", "uniform"), ("wanda", "msp")]
     assert shown.to_numpy().tolist() == [["100 [90 to 120] (3)", "–"], ["–", "300"]]
+
+
+def trained():
+    """Cells of a table of training: a dense one, two seeds without and with training, one by steps."""
+    plain = {"pruner": "wanda", "method": "oneshot", "allocator": "uniform", "sparsity": 0.7, "achieved": 0.7}
+    losa = {"method": "losa", "noted.trainable": 4e6, "noted.loss": "3|2|1", "noted.step_sparsity": "0.5|0.7"}
+    losa |= {"noted.step_ranks": "6|6|6;7|5|9", "seconds.prune": 120.0, "test": 60.0}
+    return pd.DataFrame(
+        [
+            plain | {"sparsity": 0.0, "test": 20.0},
+            *(plain | {"test": value, "seed": seed, "seconds.prune": 6.0} for seed, value in enumerate((100.0, 110.0))),
+            plain | {"recovery": "lora", "test": 50.0, "achieved": 0.0, "noted.recovery.trainable": 2e6},
+            plain | losa,
+        ]
+    )
+
+
+def test_training_has_means_costs_and_a_figure(tmp_path):
+    rows = [
+        Row("dense", dense=True),
+        Row("plain", {"method": "oneshot", "recovery": "none"}),
+        Row("LoRA", {"recovery": "lora"}),
+        Row("LoSA", {"method": "losa"}),
+    ]
+    layout = Recovery(**COMMON, pruners=["wanda", "sparsegpt"], rows=rows)
+    cells = layout.prepare(trained())
+    page = Page(cells, cells, "table5", "tiny", "a table", [], tmp_path, tmp_path)
+    files = layout.write(page)
+    text = files[0].read_text()
+    assert "105.0 ± 63.53 (2)" in text
+    costs = recovery._costs(layout, cells)
+    assert costs["trainable"].tolist() == ["", "2,000,000", "4,000,000"]
+    assert costs["sparsity at the end"].tolist() == ["70.0%", "0.0%", "70.0%"]
+    assert costs["minutes"].tolist() == ["0.1", "", "2.0"]
+    assert (tmp_path / "training_tiny.png").is_file()

@@ -20,7 +20,7 @@ COSTS = {
     "tokens": ("noted.training_tokens", "noted.recovery.training_tokens"),
     "sparsity at the end": ("achieved",),
     "minutes": ("seconds.prune",),
-    "peak GiB": ("seconds.peak_gib",),
+    "peak GiB": ("noted.peak_gib", "noted.recovery.peak_gib"),
 }
 """Columns of the table of costs, and where in a wide row their number may stand."""
 
@@ -130,7 +130,9 @@ def _figure(page: Page) -> list[Path]:
         panels[1].step(range(1, len(sparsity) + 1), [100 * s for s in sparsity], where="mid", color=COLOURS[0])
         panels[1].set(xlabel="step of the method", ylabel="zeros (%)")
         for number, row in enumerate(ranks):
-            panels[2].plot(range(1, len(row) + 1), row, color=COLOURS[number % len(COLOURS)], label=f"step {number + 1}")
+            panels[2].plot(
+                range(1, len(row) + 1), row, color=COLOURS[number % len(COLOURS)], label=f"step {number + 1}"
+            )
         panels[2].set(xlabel="block", ylabel="rank")
         panels[2].legend(fontsize="small")
     return files
