@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsify.cells.cell import Cell
 from sparsify.data.inputs import Inputs
+from sparsify.data.mixture import Mixture
 from sparsify.data.samples import Samples
 from sparsify.data.windows import Windows
 from sparsify.evaluation.base import Subject
@@ -41,7 +42,7 @@ class Bench:
         """Make the model dense, whatever the last cell did to it."""
         self.view.restore(self.dense)
 
-    def inputs(self, windows: Windows | Samples, seed: int) -> Inputs:
+    def inputs(self, windows: Windows | Samples | Mixture, seed: int) -> Inputs:
         """Inputs of a spec, made once per process."""
         name = f"{windows!r}:{seed}"
         if name not in self._inputs:

@@ -83,7 +83,7 @@ class Job:
         return self._examples[id(training)]
 
     def _made(self, training: Any) -> Inputs:
-        chosen, spec = self.training if training is None else training, hasattr(training, "text")
+        chosen, spec = self.training if training is None else training, callable(getattr(training, "inputs", None))
         if chosen is None or (spec and self.inputs is None):
             raise UsageError(
                 "This trains, and needs text to train on",

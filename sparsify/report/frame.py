@@ -12,6 +12,7 @@ import pandas as pd
 
 from sparsify.errors import RecordError
 from sparsify.runs import registry
+from sparsify.runs.labels import is_text, text_label
 from sparsify.runs.record import Record
 from sparsify.types import Measurement
 
@@ -84,8 +85,8 @@ def _component(column: str, group: str, node: Mapping[str, Any]) -> dict[str, An
     """A component by its config name and every parameter; a component inside is named in its parameter's column."""
     row = {column: registry.name_of(group, node)}
     for name, value in node.items():
-        if isinstance(value, Mapping) and "text" in value and "split" in value:
-            row[f"{column}.{name}"] = f"{value['text'].get('corpus', value['text'])} {value['split']}"
+        if is_text(value):
+            row[f"{column}.{name}"] = text_label(value)
         elif isinstance(value, Mapping) and "_target_" in value:
             row |= _component(f"{column}.{name}", INNER.get(name, group), value)
         elif not name.startswith("_"):

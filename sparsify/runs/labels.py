@@ -43,6 +43,7 @@ def _component(group: str, config: Config) -> str:
     node = config[group]
     name = registry.name_of(group, node)
     context = {key: config[key] for key in ("search", "model", "pruner") if key in config}
+    context["tuning"] = menu.compose([f"scale={config['scale']}"]).get("tuning")
     return _with(name, _parameters(node, _default(group, name, json.dumps(context, sort_keys=True))))
 
 
@@ -69,13 +70,30 @@ def _parameters(node: Mapping[str, Any], default: Mapping[str, Any]) -> Iterator
         if key.startswith("_") or key == "version" or value == default.get(key, value if value is None else None):
             continue
         inner = default.get(key)
-        if isinstance(value, Mapping) and value.get("_target_") in registry.components():
+        if is_text(value):
+            yield f"{key}={text_label(value)}"
+        elif isinstance(value, Mapping) and value.get("_target_") in registry.components():
             same = isinstance(inner, Mapping) and inner.get("_target_") == value["_target_"]
             name = registry.components()[value["_target_"]].partition("/")[2]
             usual = inner if same and isinstance(inner, Mapping) else _alone(value)
             yield f"{key}={_with(name, _parameters(value, usual))}"
         else:
             yield from _differing(key, value, inner)
+
+
+def is_text(value: Any) -> bool:
+    """Whether a parameter says which text something is trained on."""
+    return isinstance(value, Mapping) and ("parts" in value or ("text" in value and "split" in value))
+
+
+def text_label(spec: Mapping[str, Any]) -> str:
+    """`alpaca_gpt4 train, 100 samples`: which text, and how much where it is not all; from a config or a record."""
+    if "parts" in spec:
+        return " + ".join(map(text_label, spec["parts"].values()))
+    text = spec["text"]
+    name = text.get("corpus", text.get("name")) if isinstance(text, Mapping) else text
+    count = next((f", {spec[unit]} {unit}" for unit in ("samples", "windows") if spec.get(unit)), "")
+    return f"{name} {spec['split']}{count}"
 
 
 def _alone(node: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -33,7 +33,7 @@ def check(config: Config) -> None:
     for part in ("calibration", "heldout", "test"):
         _check_windows(config.get(part), part)
     if config.get("tuning") is not None:  # most cells train nothing, and older ones know no such section
-        _check_windows(config["tuning"], "tuning")
+        _check_tuning(config["tuning"])
     _refuse_missing(config, "")
     if lacking := [key for key in PLAIN if key not in config]:
         raise UsageError(f"{lacking[0]} must be given", fix=f"{lacking[0]}=<value>")
@@ -67,6 +67,15 @@ def _check_windows(windows: Any, part: str) -> None:
         allowed = ", ".join(registry.names("data"))
         fix = f"data@{part}.text=sotu, or data@{part}.text=file {part}.text.path=<file>"
         raise UsageError(f"{part} needs a text", got=_typed(windows.get("text")), allowed=allowed, fix=fix)
+
+
+def _check_tuning(node: Any) -> None:
+    """One text, or several."""
+    if isinstance(node, Mapping) and isinstance(node.get("parts"), Mapping):
+        for name, part in node["parts"].items():
+            _check_windows(part, f"tuning.parts.{name}")
+    else:
+        _check_windows(node, "tuning")
 
 
 def _check_text(config: Config, key: str, example: str, allowed: str) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sparsify.data.corpora import Corpus
 from sparsify.data.examples import Examples, as_examples
 from sparsify.data.inputs import Inputs, TokenInputs
+from sparsify.data.mixture import Mixture
 from sparsify.data.samples import Samples, alpaca_prompt
 from sparsify.data.windows import Windows
 from sparsify.errors import DataError, UsageError
@@ -348,3 +349,21 @@ def test_a_config_may_have_no_text_to_train_on_but_no_other_thing():
         request.check(config | {"tuning": 5})
     with pytest.raises(UsageError, match=r"data@tuning\.text"):
         request.check(config | {"tuning": {"text": None}})
+
+
+# Several texts
+
+
+def test_a_mixture_has_all_examples_of_its_parts_in_an_order_of_its_own(rows):
+    first = Samples(rows(*numbered(6), columns=("text",), name="a.jsonl"), order="first")
+    second = Windows(rows({"text": "x" * 90}, columns=("text",), name="b.jsonl"), "train", 10, sampler="joined")
+    mixture = Mixture({"a": first, "b": second})
+    mixed = mixture.inputs(Letters(), seed=3)
+    parts = [first.inputs(Letters(), 3), as_examples(second.inputs(Letters(), 3))]
+    wanted = [tuple(ids.tolist()) for part in parts for ids in part.ids]
+    assert sorted(tuple(ids.tolist()) for ids in mixed.ids) == sorted(wanted)
+    assert [tuple(ids.tolist()) for ids in mixed.ids] != wanted
+    assert mixed.digest == mixture.inputs(Letters(), seed=3).digest != mixture.inputs(Letters(), seed=4).digest
+    assert set(mixed.provenance["parts"]) == {"a", "b"}
+    with pytest.raises(UsageError, match="parts"):
+        Mixture({})
