@@ -84,7 +84,7 @@ class Trainer:
         torch.manual_seed(seed)
         order = [chosen for epoch in range(self.schedule.epochs) for chosen in self._order(examples, seed, epoch)]
         losses = []
-        with _training(self.view):
+        with _training(self.view, self.parameters):
             module = self.accelerator.prepare_model(self.loss, device_placement=False)
             for count, chosen in enumerate(order, start=1):
                 losses.append(self._step(module, examples, chosen))
@@ -213,13 +213,19 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], dict[str, float]]
 
 
 @contextmanager
-def _training(view: BlockView) -> Iterator[None]:
-    """Train mode, gradients, and activations computed again where the model is large."""
+def _training(view: BlockView, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Train mode, gradients of these parameters alone, and activations computed again where the model is large."""
     modes = {module: module.training for module in view.model.modules()}
+    trained = set(map(id, parameters))
+    frozen = [p for p in view.model.parameters() if p.requires_grad and id(p) not in trained]
     view.model.train()
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     try:
         with torch.enable_grad(), recomputing(view.blocks) if view.table.numel > LARGE else nullcontext():
             yield
     finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         for module, mode in modes.items():
             module.training = mode
