@@ -66,13 +66,19 @@ def _evaluation(science: Mapping[str, Any], name: str) -> Kind:
 
 
 def _efforts(node: Mapping[str, Any]) -> Kind:
-    """What of an allocator's parameters decides its cost: words and counts, but not fractions."""
+    """What of an allocator's parameters decides its cost: words and counts, but not fractions.
+
+    A record has no fields that came after it, or that have their former value (`_since_`).
+    """
     found: list[Any] = []
+    since = node.get("_since_", {})
     for key, value in sorted(node.items()):
-        if isinstance(value, Mapping):
-            found.append((key, _efforts(value)))
-        elif key == "_target_":
+        if key == "_target_":
             found.append(registry.name_of("allocator", node))
-        elif not key.startswith("_") and not isinstance(value, float | list):
+        elif key.startswith("_") or (key in since and value == since[key]):
+            continue
+        elif isinstance(value, Mapping):
+            found.append((key, _efforts(value)))
+        elif not isinstance(value, float | list):
             found.append((key, value))
     return tuple(found)
