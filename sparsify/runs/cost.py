@@ -73,12 +73,12 @@ def _efforts(node: Mapping[str, Any]) -> Kind:
     found: list[Any] = []
     since = node.get("_since_", {})
     for key, value in sorted(node.items()):
-        if key in since and value == since[key]:
-            continue
-        if isinstance(value, Mapping):
-            found.append((key, _efforts(value)))
-        elif key == "_target_":
+        if key == "_target_":
             found.append(registry.name_of("allocator", node))
-        elif not key.startswith("_") and not isinstance(value, float | list):
+        elif key.startswith("_") or (key in since and value == since[key]):
+            continue
+        elif isinstance(value, Mapping):
+            found.append((key, _efforts(value)))
+        elif not isinstance(value, float | list):
             found.append((key, value))
     return tuple(found)
