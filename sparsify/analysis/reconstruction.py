@@ -54,13 +54,13 @@ def reconstruction_losses(
 
 
 def _relative(true: Walk, pruned: Walk, block: int) -> float:
-    error: Float[Tensor, " dim"] | float = 0.0
-    norm: Float[Tensor, " dim"] | float = 0.0
+    """L_i of the states that both walks have behind a block, batch by batch."""
+    sums = []
     for batch in true.batches:
         wanted = true.hidden[batch].float()
-        error = error + _by_channel(pruned.hidden[batch].float() - wanted)
-        norm = norm + _by_channel(wanted)
-    loss = float((error / torch.as_tensor(norm).clamp_min(1e-30)).mean())
+        sums.append(torch.stack([_by_channel(pruned.hidden[batch].float() - wanted), _by_channel(wanted)]))
+    error, norm = torch.stack(sums).sum(dim=0)
+    loss = float((error / norm.clamp_min(1e-30)).mean())
     if not loss < float("inf"):
         raise NumericsError(
             f"The outputs of block {block} are not finite", got=loss, fix="dtype=float32 if this is half precision"

@@ -21,7 +21,7 @@ from sparsify.methods.job import Job
 from sparsify.model.blocks import BlockView
 from sparsify.model.masks import Masks
 from sparsify.recovery.adapters import Adapters
-from sparsify.recovery.ranks import allocate_ranks, step_samples, step_sparsity
+from sparsify.recovery.ranks import allocate_ranks, mean_rank, step_samples, step_sparsity
 from sparsify.recovery.schedule import Schedule
 from sparsify.recovery.teacher import dense_copy
 from sparsify.recovery.training import Trainer, peak_memory
@@ -84,11 +84,12 @@ class LoSA(Method):
             )
         if not 0 < self.scale < math.inf:
             raise UsageError("scale multiplies what adapters add", got=self.scale, allowed="above 0", fix="scale=2")
-        if not self.low <= self.first_rank <= self.mean_rank(self.steps) <= self.high:
+        last = mean_rank(self.steps, self.first_rank, self.growth)
+        if not self.low <= self.first_rank <= last <= self.high:
             raise UsageError(
                 "The mean rank of every step lies between the bounds of a block's rank",
-                got=f"mean ranks {self.first_rank} to {self.mean_rank(self.steps)}, low={self.low}, high={self.high}",
-                fix=f"method.high={max(self.mean_rank(self.steps), 16)}",
+                got=f"mean ranks {self.first_rank} to {last}, low={self.low}, high={self.high}",
+                fix=f"method.high={max(last, 16)}",
             )
 
     @property
@@ -96,13 +97,9 @@ class LoSA(Method):
         """Components that there is room for: the release's eight are too few for its own ranks."""
         return min(8, self.high) if self.released else self.high
 
-    def mean_rank(self, t: int) -> int:
-        """Omega^t = Omega^1 + growth (t - 1)."""
-        return self.first_rank + self.growth * (t - 1)
-
     def block_ranks(self, t: int, errors: Mapping[int, float]) -> dict[int, int]:
         """A rank for every block, by its reconstruction loss, no higher than what is stored."""
-        mean = self.mean_rank(t)
+        mean = mean_rank(t, self.first_rank, self.growth)
         if self.ranks == "uniform":
             return dict.fromkeys(errors, min(mean, self.stored))
         ranks = allocate_ranks(list(errors.values()), mean, self.low, self.high, released=self.released)

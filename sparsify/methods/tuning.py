@@ -92,7 +92,7 @@ class LoRA(MaskedLoRA):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Survivors(_Tuning):
+class FullFineTuning(_Tuning):
     """Full fine-tuning of the weights that are kept: gradients and steps under the masks, biases and norms as they are.
 
     The model is trained in single precision, its products in bfloat16 where it was in half precision, and rounded back

@@ -17,13 +17,13 @@ def step_sparsity(t: int, T: int, final: float) -> float:
     return final - final * (1 - t / T) ** 3
 
 
-def mean_rank(t: int, first: int = 6) -> int:
-    """Mean rank of step t: Omega^t = Omega^1 + t - 1.
+def mean_rank(t: int, first: int = 6, growth: int = 1) -> int:
+    """Mean rank of step t: Omega^t = Omega^1 + growth (t - 1); the release grows by one.
 
     Source: LoSA, released `main.py`.
     """
     _check_step(t)
-    return first + t - 1
+    return first + growth * (t - 1)
 
 
 def step_samples(t: int, T: int, samples: int, *, released: bool = False) -> range:

@@ -12,7 +12,7 @@ from sparsify.errors import UsageError
 from sparsify.methods.checkpoint import Checkpoint
 from sparsify.methods.losa import LoSA
 from sparsify.methods.oneshot import OneShot
-from sparsify.methods.tuning import LoRA, MaskedLoRA, Survivors
+from sparsify.methods.tuning import FullFineTuning, LoRA, MaskedLoRA
 from sparsify.model.blocks import BlockView
 from sparsify.pruners.magnitude import Magnitude
 from sparsify.pruners.sparsegpt import SparseGPT
@@ -203,7 +203,7 @@ def test_survivors_are_trained_and_nothing_else(make_model, tokens, text, dtype)
         OneShot(),
         "unstructured",
         0.5,
-        stages={"recovery": Survivors(training=text, schedule=QUICK)},
+        stages={"recovery": FullFineTuning(training=text, schedule=QUICK)},
     )
     result = prune_model(view, as_inputs(tokens), recipe)
     assert result.sparsity == pytest.approx(0.5, abs=0.02)

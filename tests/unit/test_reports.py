@@ -126,7 +126,7 @@ def test_medians_have_their_range_and_rows_without_a_number_are_left_out():
     )
     rows = [Row(name, {"allocator": name}) for name in ("uniform", "msp", "owl")]
     layout = Medians(title="", layout="medians", parts=[], pruners=["ria", "wanda"], rows=rows)
-    shown = medians._frame(layout, cells, "test", lambda values: medians._median(values, "{:.0f}".format))
+    shown = layout.frame(cells, "test", lambda values: medians._median(values, "{:.0f}".format))
     assert list(shown.columns.get_level_values(1)) == ["50%", "62.5%"]
     assert list(shown.index) == [("wanda", "uniform"), ("wanda", "msp")]
     assert shown.to_numpy().tolist() == [["100 [90 to 120] (3)", "–"], ["–", "300"]]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from sparsify.report.figures import COLOURS, saved
-from sparsify.report.layouts.base import Layout, Page, Row
+from sparsify.report.layouts.base import Page
+from sparsify.report.layouts.by_sparsity import BySparsity, values_of
 from sparsify.report.numbers import format_number
 from sparsify.report.select import where
 from sparsify.report.spread import Spread
@@ -25,19 +25,10 @@ COSTS = {
 """Columns of the table of costs, and where in a wide row their number may stand."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recovery(Layout):
-    """Rows by pruner and method, columns by sparsity; mean and interval over seeds.
+class Recovery(BySparsity):
+    """Mean and interval over seeds by pruner, method and sparsity."""
 
-    Attributes:
-        pruners: groups of rows, in order.
-        rows: the dense model and the methods.
-        tasks: whose mean accuracy makes a table of its own, where it was measured.
-    """
-
-    pruners: list[str]
-    rows: list[Row]
-    tasks: list[str] = field(default_factory=list)
+    second = "method"
 
     def prepare(self, cells: pd.DataFrame) -> pd.DataFrame:
         """Cells without a recovery are of recovery `none`, so that a row can ask for these."""
@@ -46,40 +37,10 @@ class Recovery(Layout):
 
     def write(self, page: Page) -> list[Path]:
         """A file of up to three tables, and a figure where something was trained by steps."""
-        more = []
-        if present := [task for task in self.tasks if task in page.cells]:
-            mean = page.cells.assign(accuracy=100 * page.cells[present].mean(axis=1, skipna=False))
-            title = f"Mean accuracy over {', '.join(present)}, in percent"
-            more.append((title, self._frame(mean, "accuracy", lambda values: _spread(values, "{:.1f}".format))))
+        more = self.accuracy(page.cells, lambda values: _spread(values, "{:.1f}".format))
         if not (costs := _costs(self, page.cells)).empty:
             more.append(("Costs, means over seeds", costs))
-        files = page.write(self._frame(page.cells, self.value, _of_perplexity), more)
-        return files + _figure(page)
-
-    def entries(self, cells: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
-        """(pruner, label, its cells) of every row that has any."""
-        present = set(cells.loc[cells["sparsity"] > 0, "pruner"])
-        pruned = [row for row in self.rows if not row.dense]
-        pairs = [(pruner, row) for pruner in self.pruners if pruner in present for row in pruned]
-        found = [(p, str(row.label), where(cells, {**row.where, "pruner": p})) for p, row in pairs]
-        return [entry for entry in found if not entry[2].empty]
-
-    def _frame(self, cells: pd.DataFrame, value: str, show: Callable[[Sequence[float]], str]) -> pd.DataFrame:
-        sparsities = sorted(s for s in set(cells["sparsity"]) if s > 0)
-        dense = _values(where(cells, {"sparsity": 0.0}), value)
-        rows = {("", str(row.label)): [show(dense) if dense else "–"] for row in self.rows if row.dense}
-        rows = {key: entries + [""] * (len(sparsities) - 1) for key, entries in rows.items()}
-        for pruner, label, chosen in self.entries(cells):
-            found = [_values(where(chosen, {"sparsity": s}), value) for s in sparsities]
-            if any(found):
-                rows[pruner, label] = [show(values) if values else "–" for values in found]
-        columns = pd.MultiIndex.from_tuples([("zeros", f"{100 * s:g}%") for s in sparsities])
-        index = pd.MultiIndex.from_tuples(rows, names=["pruner", "method"])
-        return pd.DataFrame(list(rows.values()), index=index, columns=columns)
-
-
-def _values(cells: pd.DataFrame, value: str) -> list[float]:
-    return list(cells[value].dropna()) if value in cells else []
+        return page.write(self.frame(page.cells, self.value, _of_perplexity), more) + _figure(page)
 
 
 def _of_perplexity(values: Sequence[float]) -> str:
@@ -104,7 +65,7 @@ def _costs(layout: Recovery, cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cost(name: str, cells: pd.DataFrame) -> str:
-    found = [_values(cells, column) for column in COSTS[name]]
+    found = [values_of(cells, column) for column in COSTS[name]]
     values = next((numbers for numbers in found if numbers), [])
     if not values:
         return ""
