@@ -61,10 +61,11 @@ def cells_of(overrides: Sequence[str]) -> list[PlannedCell]:
 
 
 def grid(overrides: Sequence[str]) -> list[tuple[str, ...]]:
-    """The jobs of a multirun: the preset's parameters, then the command line, as a product."""
+    """The jobs of a multirun: the preset's parameters, or what the command line has in their place, as a product."""
     fixed = [text for text in overrides if not menu.parsed(text).is_sweep_override()]
     preset = [f"{key}={value}" for key, value in menu.sweep_parameters(fixed).items()]
-    return list(product(*(_choices(text) for text in (*preset, *overrides))))
+    choices = {menu.parsed(text).get_key_element(): _choices(text) for text in (*preset, *overrides)}
+    return list(product(*choices.values()))
 
 
 def _choices(override: str) -> list[str]:
