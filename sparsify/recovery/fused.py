@@ -27,6 +27,8 @@ def masked_sum(
         right: of the product.
         base: whether W is added.
     """
+    if weight.stride(0) < weight.stride(1):  # Triton 3.6 confuses lanes of a tile that lies across, in single precision
+        return masked_sum(weight.T, right.T, left.T, base=base).T
     whole, left, right = torch.empty_like(weight), left.contiguous(), right.contiguous()
     rows, columns = weight.shape
     rank = right.shape[0]
