@@ -224,9 +224,9 @@ class _Run:
         fixed = job.pattern.kept is not None
         wanted = job.sparsity if fixed else step_sparsity(t, method.steps, job.sparsity)
         if method.allocate == "every" or fixed:
-            return job.plan(wanted, changed=t > 1), None
+            return job.plan(wanted, changed=True), None  # adapters are no part of the dense model
         if goal is None:
-            first = job.plan(job.sparsity)
+            first = job.plan(job.sparsity, changed=True)
             goal = dict(first.sparsities())
             if t == method.steps:
                 return first, goal

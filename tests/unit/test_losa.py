@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import sparsify
+from sparsify.allocators.equimarginal import Equimarginal
 from sparsify.allocators.similarity import Similarity
 from sparsify.allocators.uniform import Uniform
 from sparsify.analysis.reconstruction import reconstruction_losses
@@ -145,6 +146,15 @@ def test_allocation_once_is_scaled_down_for_the_steps_before(make_model, tokens,
     assert [a / b for a, b in zip(first, last, strict=True)] == pytest.approx(
         [result.notes["step_sparsity"][0] / 0.7] * 3, abs=0.06
     )
+
+
+@pytest.mark.parametrize("allocate", ["every", "first"])
+def test_allocators_that_prune_in_trials_leave_the_adapters_alone(make_model, tokens, text, allocate):
+    method = LoSA(training=text, schedule=QUICK, steps=2, allocate=allocate)
+    allocator = Equimarginal(steps=4, windows=None, batch=4, settle_every=2)
+    _, result = run(make_model, tokens, method, allocator=allocator)
+    assert result.sparsity == pytest.approx(0.7, abs=0.02)
+    assert len(result.notes["loss"]) == 4  # two batches in each step
 
 
 def test_the_release_keeps_zeros_and_stores_eight_components(make_model, tokens, text):
