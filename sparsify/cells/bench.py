@@ -7,6 +7,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from sparsify.cells.cell import Cell
+from sparsify.data.generated import Generated
 from sparsify.data.inputs import Inputs
 from sparsify.data.mixture import Mixture
 from sparsify.data.samples import Samples
@@ -15,6 +16,7 @@ from sparsify.evaluation.base import Subject
 from sparsify.model.blocks import BlockView
 from sparsify.model.dense import DenseModel
 from sparsify.model.sources import Loaded, ModelSource, pick_device
+from sparsify.recovery.teacher import dense_copy
 from sparsify.runs import console
 
 
@@ -42,12 +44,18 @@ class Bench:
         """Make the model dense, whatever the last cell did to it."""
         self.view.restore(self.dense)
 
-    def inputs(self, windows: Windows | Samples | Mixture, seed: int) -> Inputs:
-        """Inputs of a spec, made once per process."""
-        name = f"{windows!r}:{seed}"
+    def inputs(self, text: Windows | Samples | Mixture | Generated, seed: int) -> Inputs:
+        """Inputs of a spec, made once per process; what the model writes, the dense one does."""
+        name = f"{text!r}:{seed}"
         if name not in self._inputs:
-            self._inputs[name] = windows.inputs(self.loaded.tokenizer, seed)
+            self._inputs[name] = self._made(text, seed)
         return self._inputs[name]
+
+    def _made(self, text: Windows | Samples | Mixture | Generated, seed: int) -> Inputs:
+        if isinstance(text, Generated) or (isinstance(text, Mixture) and text.reads_model):
+            with console.status("the dense model writes text to train on"):
+                return text.inputs(self.loaded.tokenizer, seed, dense_copy(self.view, self.dense))
+        return text.inputs(self.loaded.tokenizer, seed)
 
     def subject(self, cell: Cell) -> Subject:
         """The model as it stands, for the evaluators."""

@@ -54,6 +54,10 @@ def check(config: Config) -> None:
     _check_evaluations(config["eval"])
 
 
+WRITTEN = "sparsify.data.generated.Generated"
+"""The text to train on that is read from nowhere."""
+
+
 def _typed(value: Any) -> str:
     """A value as it is typed on the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)[:80]
@@ -70,12 +74,12 @@ def _check_windows(windows: Any, part: str) -> None:
 
 
 def _check_tuning(node: Any) -> None:
-    """One text, or several."""
-    if isinstance(node, Mapping) and isinstance(node.get("parts"), Mapping):
-        for name, part in node["parts"].items():
-            _check_windows(part, f"tuning.parts.{name}")
-    else:
-        _check_windows(node, "tuning")
+    """One text, or several, or one that the model writes."""
+    several = isinstance(node, Mapping) and isinstance(node.get("parts"), Mapping)
+    parts = {f"tuning.parts.{name}": part for name, part in node["parts"].items()} if several else {"tuning": node}
+    for name, part in parts.items():
+        if not isinstance(part, Mapping) or part.get("_target_") != WRITTEN:
+            _check_windows(part, name)
 
 
 def _check_text(config: Config, key: str, example: str, allowed: str) -> None:
