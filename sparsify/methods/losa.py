@@ -182,6 +182,7 @@ class _Run:
             "loss": [loss for row in done.log for loss in row["loss"]],
             "trainable": done.log[-1]["trainable"],
             "training_tokens": sum(map(len, self.text.ids)),
+            "training_text": dict(self.text.provenance),
             "without_adapter": [skipped.name for skipped in self.adapters.skipped],
         }
 

@@ -46,7 +46,8 @@ class _Tuning(Stage):
         with peak_memory(view.device) as peak:
             trainer = Trainer(view, parameters, self.schedule, self.schedule.steps(len(text)), dense=teacher, **options)
             losses = trainer.run(text, job.seed, job.progress)
-            return {"loss": losses, "training_tokens": sum(map(len, text.ids)), **peak()}
+            tokens = sum(map(len, text.ids))
+            return {"loss": losses, "training_tokens": tokens, "training_text": dict(text.provenance), **peak()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from sparsify.allocators.equimarginal import Equimarginal
 from sparsify.allocators.similarity import Similarity
 from sparsify.allocators.uniform import Uniform
 from sparsify.analysis.reconstruction import reconstruction_losses
-from sparsify.data.inputs import as_inputs
+from sparsify.data.inputs import TokenInputs, as_inputs
 from sparsify.errors import UsageError
 from sparsify.methods.checkpoint import Checkpoint
 from sparsify.methods.losa import LoSA
@@ -64,13 +64,15 @@ def test_the_final_sparsity_is_exactly_what_was_asked_for(make_model, tokens, te
 
 
 def test_notes_have_a_row_for_every_step(make_model, tokens, text):
-    _, result = run(make_model, tokens, LoSA(training=text, schedule=QUICK, steps=3, high=12))
+    named = TokenInputs(text, "train", {"source": "letters"})
+    _, result = run(make_model, tokens, LoSA(training=named, schedule=QUICK, steps=3, high=12))
     notes = result.notes
     cubic = [0.7 - 0.7 * (1 - t / 3) ** 3 for t in (1, 2, 3)]
     assert notes["step_sparsity"] == pytest.approx(cubic, abs=0.03)
     assert [sum(ranks) for ranks in notes["step_ranks"]] == [3 * 6, 3 * 7, 3 * 8]
     assert len(notes["loss"]) == sum(QUICK.steps(len(step_samples(t, 3, 8))) for t in (1, 2, 3))
     assert notes["training_tokens"] == 8 * 12
+    assert notes["training_text"] == {"source": "letters"}
 
 
 def test_training_helps(make_model, tokens):
