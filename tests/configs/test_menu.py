@@ -19,6 +19,7 @@ CELLS = [
     ["scale=paper", "model=llama2-7b", "allocator=owl"],
     ["allocator=absorption", "perturbation@allocator.source=noise", "allocator.source.eta=0.1"],
     ["allocator=absorption", "allocator@allocator.inner=blend"],
+    ["pruner=dsnot", "pruner@pruner.first=sparsegpt", "pruner.first.damp=0.1"],
     ["allocator=search", "search.trials=7"],
     ["model=hub", "model.id='a/b'"],
     ["eval=zeroshot", "eval.limit=20", "eval.tasks=[boolq,rte]"],

@@ -15,6 +15,7 @@ from sparsify.runs import registry
 from sparsify.types import LayerSpec, Target
 
 PRUNERS = registry.names("pruner")
+RANKING = [name for name in PRUNERS if name != "dsnot"]  # it edits each mask after weights were ranked
 
 
 def stats_of(x, needs, weight=None):
@@ -63,7 +64,7 @@ def test_a_pruner_is_deterministic(name, built):
     assert torch.equal(first.weight, again.weight)
 
 
-@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("name", RANKING)
 def test_more_sparsity_keeps_a_subset(name, built):
     weight = torch.randn(8, 16)
     pruner, stats = built(name)
