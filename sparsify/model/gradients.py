@@ -5,7 +5,8 @@ All matrices' gradients at once are as large as the model. In the backward pass 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,7 +18,7 @@ from sparsify.errors import NumericsError
 from sparsify.model.blocks import BlockView
 from sparsify.model.objective import Objective
 from sparsify.model.prunable import Layer
-from sparsify.model.statistics import Accumulator, LayerStats, Needs
+from sparsify.model.statistics import Accumulator, LayerStats, Needs, Statistic
 from sparsify.progress import Progress, silent
 
 Fold = Callable[[Layer, Float[Tensor, "out inp"]], None]
@@ -28,6 +29,22 @@ LARGE = 1_000_000_000
 
 SCALES = (1024.0, 128.0, 16.0, 2.0)
 """Factors of a half-precision loss: its gradients underflow unscaled and overflow scaled too much."""
+
+
+@dataclass(frozen=True)
+class Reached(Statistic):
+    """Whether any sample's gradient had an entry other than zero: no expert's has that no token was routed to."""
+
+    reads: ClassVar[Literal["input", "pair", "gradient"]] = "gradient"
+
+    def start(self, x: Float[Tensor, "out inp"]) -> Tensor:
+        return torch.zeros((), dtype=torch.bool, device=x.device)
+
+    def fold(self, state: Any, x: Float[Tensor, "out inp"], seen: Tensor, total: Tensor) -> None:
+        state.logical_or_(x.any())
+
+
+REACHED = Reached()
 
 
 def layer_gradients(view: BlockView, loss: Callable[[], Tensor], fold: Fold) -> None:
@@ -57,7 +74,8 @@ def gradient_statistics(
 
     Each sample has a backward pass of its own, so that what is folded (a square, say) is of one sample and the size of
     a batch means nothing. A sample's loss is the mean over its predictions. What is folded is in single precision; in
-    fp16 the loss is scaled for the backward pass, by a power of two and no more than the gradients allow.
+    fp16 the loss is scaled for the backward pass, by a power of two and no more than the gradients allow. An expert
+    that no token was routed to has a gradient of zero, and is not `seen`.
 
     Args:
         view: the model.
@@ -71,15 +89,25 @@ def gradient_statistics(
     """
     half = any(layer.stored.dtype == torch.float16 for layer in view.layers)
     for scale in SCALES if half else (1.0,):
-        sums = {layer.spec.name: Accumulator(needs) for layer in view.layers}
+        sums = {layer.spec.name: Accumulator(needs | {REACHED}) for layer in view.layers}
         broken = _fold_samples(view, inputs, objective, sums, scale, progress)
         if broken is None:
-            return {name: accumulator.finalise(len(inputs)) for name, accumulator in sums.items()}
+            return {x.spec.name: _finalised(x, sums.pop(x.spec.name), len(inputs)) for x in view.layers}
     raise NumericsError(
         f"The gradient of the loss by {broken} is not finite",
         got=f"{view.layers[0].weight.dtype}",
         fix="dtype=bfloat16 or float32" if half else "a model that is not broken: look at its perplexity",
     )
+
+
+def _finalised(layer: Layer, sums: Accumulator, samples: int) -> LayerStats:
+    """What was accumulated; gradients of zero where the backward pass never came by."""
+    if sums.seen is None:
+        sums.fold(torch.zeros_like(layer.weight, dtype=torch.float32), samples)
+        return replace(sums.finalise(samples), seen=False)
+    stats = sums.finalise(samples)
+    # Where experts are one parameter the backward pass comes by all of them.
+    return replace(stats, seen=layer.expert is None or bool(stats[REACHED]))
 
 
 def _fold_samples(

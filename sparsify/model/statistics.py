@@ -126,10 +126,14 @@ class LayerStats:
         return gram
 
     def joined(self, gradients: "LayerStats | None") -> "LayerStats":
-        """Statistics of a layer's input, shared with its neighbours, and those of its own gradient."""
+        """Statistics of a layer's input, shared with its neighbours, and those of its own gradient.
+
+        Whether a token was seen is the input's to say, where one was looked at.
+        """
         if gradients is None:
             return self
-        return LayerStats(self.samples, {**self.values, **gradients.values}, self.memo, self.seen)
+        seen = self.seen if self.values else gradients.seen
+        return LayerStats(self.samples, {**self.values, **gradients.values}, self.memo, seen)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """`make()`, computed the first time and remembered."""

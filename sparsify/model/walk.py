@@ -113,8 +113,10 @@ class Walk:
         Raises:
             UnsupportedModelError: a layer whose weight is read without the layer being called, or statistics of pairs
                 of experts.
-            UsageError: pairs in a walk, or at a time, that has none.
+            UsageError: pairs in a walk, or at a time, that has none; gradients, which no walk has.
         """
+        if odd := reading(needs, "gradient"):
+            raise UsageError("A walk sees inputs, no gradients", got=sorted(map(repr, odd)), fix="pruner=wanda")
         layers = [x for x in self.view.layers_of(block) if only is None or x.spec.name in only]
         pairs = bool(reading(needs, "pair"))
         if pairs:

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import sparsify
+from sparsify.data.inputs import as_inputs
 from sparsify.errors import UsageError
 from sparsify.model.blocks import BlockView
+from sparsify.model.gradients import gradient_statistics
 from sparsify.model.statistics import NORM, Statistic
 from sparsify.model.walk import Walk
 from sparsify.pruners.base import ScorePruner
@@ -146,3 +148,30 @@ def test_gradients_are_those_of_single_samples_of_the_dense_model(make_model, to
     for row, squares in zip(rows, spy.seen, strict=True):
         torch.testing.assert_close(squares, expected[row.name], rtol=1e-3, atol=1e-7)
     assert all(p.grad is None for p in model.parameters())
+
+
+@dataclass(frozen=True)
+class FirstBlock:
+    """A loss that depends on nothing behind the first block."""
+
+    version: int = 1
+
+    def prepare(self, model, inputs):
+        return lambda model, batch: model(**batch, output_hidden_states=True).hidden_states[1].double().square().sum()
+
+    def predictions(self, inputs):
+        return len(inputs)
+
+
+def test_a_layer_that_the_loss_does_not_depend_on_has_a_gradient_of_zero_and_is_not_seen(make_model, tokens):
+    view = BlockView(make_model())
+    stats = gradient_statistics(view, as_inputs(tokens), frozenset({Fisher()}), FirstBlock())
+    for layer in view.layers:
+        known = stats[layer.spec.name]
+        assert known[Fisher()].shape == layer.weight.shape
+        assert known.seen == bool(known[Fisher()].any()) == (layer.spec.block == 0)
+
+
+def test_a_walk_refuses_gradients_and_does_not_take_inputs_for_them(make_model, tokens):
+    with pytest.raises(UsageError, match=r"inputs, no gradients.*Fisher"):
+        Walk(BlockView(make_model()), tokens).observe(0, frozenset({NORM, Fisher()}))
