@@ -30,9 +30,9 @@ class ADMM:
     Source: Boza, "Fast and Effective Weight Update for Pruned Large Language Models" (TMLR 2024, arXiv 2401.02938), and
     its released code (constants, N:M, order of the updates).
 
-    Deviations from the release: masks are per row by default, its `per_out`; its own default compares over the matrix, at
-    the full sparsity from the first step on (`group=matrix gradual=false` here). The number of zeros is exact (with
-    `per_out` it keeps ties), and any N:M is possible (it has N:M at 50%, and computes 2:4).
+    Deviations from the release: masks are per row by default (its `per_out`), where it compares over the matrix, and then
+    at the full sparsity from the first step on (here `group=matrix gradual=false`). The number of zeros is exact (with
+    `per_out` ties are kept), inputs that never occurred go first, and N:M is any (there 2:4, whatever is asked).
 
     Attributes:
         group: weights that compete: `row` or `matrix`. Of N:M: over what the share of unsafe weights is taken.
@@ -123,7 +123,7 @@ def updated(
     iterations: int,
     choose: Callable[[int, Tensor], Tensor | None],
 ) -> tuple[Float[Tensor, "out inp"], Bool[Tensor, "out inp"]]:
-    """W + U after the last step, and the last mask; `choose` gives that of step 1, 2, ... or None for the one before."""
+    """W + U after the last step, and the last mask; `choose` gives the mask of step 1, 2, ... or None: as before."""
     aim = dense @ system.problem.gram
     work, dual = dense, torch.zeros_like(dense)
     keep = torch.ones_like(dense, dtype=torch.bool)

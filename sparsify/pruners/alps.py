@@ -33,14 +33,15 @@ class ALPS:
     with H damped and its inputs normalised. Every 3 iterations rho grows, the faster the more the support of D changed;
     once it does not, the support of W is fixed and conjugate gradients, projected onto it, find its best weights.
 
-    Source: Meng et al., "ALPS" (NeurIPS 2024, arXiv 2406.07831): Eq. 4, Algorithms 1 and 2, Eq. 27 and 28. As released:
-    D starts from the k largest of W^, steps of the conjugate gradients differ by row, ADMM stops after 30 iterations at a
-    change of 0.03%, too. With inputs of norm one the paper's preconditioner Diag(H) is the identity.
+    Source: Meng et al., "ALPS" (NeurIPS 2024, arXiv 2406.07831): Eq. 4, Algorithms 1 and 2, Eq. 27 and 28. As released,
+    not as printed: lambda is 0.01 times the mean of diag(H), not its sum; D starts from the k largest of W^; the length
+    of a step of the conjugate gradients differs by row; after 30 iterations a change below 0.03% ends ADMM, too. With
+    inputs of norm one the preconditioner Diag(H) is the identity.
 
-    Deviations from the release: the number of zeros is exact (it rounds to the nearest); inputs that never occurred go
-    first (it keeps their largest weights); all steps of the conjugate gradients are made (its test for an early stop
-    compares a residual that is not projected); where the support does not move before rho has grown, we stop, as the
-    paper says, and it lowers rho fivefold and starts again.
+    Deviations from the release: the number of zeros is exact (there rounded to the nearest); inputs that never occurred
+    go first (there their largest weights stay); all steps of the conjugate gradients are made (there the test for an
+    early stop reads a residual that is not projected); while rho has not grown yet, a support that stands ends ADMM and
+    one that hardly changes (below 0.5%) lets rho grow, as the paper has it (there rho is lowered fivefold instead).
 
     Attributes:
         group: weights that compete: `matrix` as released, or `row`. N:M has its own groups.
@@ -73,8 +74,12 @@ class ALPS:
         spectrum = stats.once(("alps", self.damp), lambda: decomposed(stats.gram, self.damp))
         problem = spectrum.problem
         dense = problem.scaled(weight)
-        found, settled = admm(dense, spectrum, lambda w: keep_mask(w.abs(), target, self.group), self.rho, self.iterations)
-        keep = keep_mask(found.abs(), target, self.group)
+
+        def select(work: Tensor) -> Tensor:
+            return keep_mask(work.abs(), target, self.group)
+
+        found, settled = admm(dense, spectrum, select, self.rho, self.iterations)
+        keep = select(found)
         best = conjugate_gradients(found * keep, keep, problem.gram, dense @ problem.gram, self.refine)
         notes = {} if settled else {"unsettled": f"the support still changed after {self.iterations} iterations"}
         return Pruned(problem.restored(best, weight, keep), keep, notes)
@@ -109,7 +114,7 @@ def decomposed(gram: Float[Tensor, "inp inp"], damp: float) -> Spectrum:
     tried = f"the eigenvalues of {len(gram)} inputs of norm one, damp={damp:g}"
     try:
         values, vectors = torch.linalg.eigh(problem.gram if gram.is_mps else problem.gram.double())
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise NumericsError("The Gram matrix could not be decomposed", got=tried, fix="raise pruner.damp") from error
     low, high = float(values[0]), float(values[-1])
     if not low >= -1e-4 * high:
@@ -121,7 +126,7 @@ def decomposed(gram: Float[Tensor, "inp inp"], damp: float) -> Spectrum:
 def admm(
     dense: Float[Tensor, "out inp"], spectrum: Spectrum, select: Callable[[Tensor], Tensor], rho: float, iterations: int
 ) -> tuple[Float[Tensor, "out inp"], bool]:
-    """W of Algorithm 1, and whether its support settled; `select` says which weights of a matrix the projection keeps."""
+    """W of Algorithm 1, and whether its support settled; `select` says which weights the projection P_k keeps."""
     aim, inverse = dense @ spectrum.problem.gram, spectrum.inverse(rho)
     before = select(dense)
     kept, work = int(before.sum()), dense

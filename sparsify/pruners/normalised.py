@@ -13,8 +13,8 @@ from sparsify.errors import NumericsError
 class Normalised:
     """||(W - P) X|| written as ||(W' - P') X'||, where W'_ij = W_ij n_j and X'_j = X_j / n_j for the input norms n.
 
-    The magnitudes of W' are Wanda's scores. Inputs that were zero on all calibration text have n_j = 0: they rank lowest,
-    and what is kept of them is as it was.
+    The magnitudes of W' are Wanda's scores. Inputs that were zero on all calibration text have n_j = 0: their weights
+    rank lowest, and those that are kept are as they were.
 
     Attributes:
         gram: X' X'^T, [inp, inp].
