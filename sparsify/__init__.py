@@ -138,7 +138,7 @@ def prune(
     Args:
         model: any transformers decoder whose blocks hold `Linear` or `Conv1D` layers.
         tokens: calibration token ids, LongTensor [n, seqlen] (128 x 2048 in the papers); or other `Inputs`.
-        pruner: `magnitude`, `wanda`, `ria`, `sparsegpt`, `gblm`, `pruner_zero`, `dsnot`; or
+        pruner: `magnitude`, `wanda`, `ria`, `sparsegpt`, `alps`, `admm`, `gblm`, `pruner_zero`, `dsnot`; or
             `(name, {parameter: value})`; or an object.
         allocator: `uniform`, `atp`, `owl`, `alphapruning`, ...; same forms.
         sparsity: fraction of zeros over the blocks' linear weights, in [0, 1). May be left out for N:M.

@@ -15,7 +15,8 @@ from sparsify.runs import registry
 from sparsify.types import LayerSpec, Target
 
 PRUNERS = registry.names("pruner")
-RANKING = [name for name in PRUNERS if name != "dsnot"]  # it edits each mask after weights were ranked
+# Masks that are found anew for every sparsity, or edited after a ranking: what goes at half may stay at three quarters.
+ANEW = {"alps", "admm", "dsnot"}
 
 
 def stats_of(x, needs, weight=None):
@@ -64,7 +65,7 @@ def test_a_pruner_is_deterministic(name, built):
     assert torch.equal(first.weight, again.weight)
 
 
-@pytest.mark.parametrize("name", RANKING)
+@pytest.mark.parametrize("name", sorted(set(PRUNERS) - ANEW))
 def test_more_sparsity_keeps_a_subset(name, built):
     weight = torch.randn(8, 16)
     pruner, stats = built(name)
