@@ -30,8 +30,8 @@ class ADMM:
     Source: Boza, "Fast and Effective Weight Update for Pruned Large Language Models" (TMLR 2024, arXiv 2401.02938), and
     its released code (constants, N:M, order of the updates).
 
-    Deviations from the release: masks are per row by default (its `per_out`), where it compares over the matrix, then at
-    the full sparsity from the first step on (here `group=matrix gradual=false`). The number of zeros is exact (with
+    Deviations from the release: masks are per row by default (its `per_out`), where it compares over the matrix, then
+    at the full sparsity from the first step on (here `group=matrix gradual=false`). The number of zeros is exact (with
     `per_out` ties are kept), inputs that never occurred go first, and N:M is any (there 2:4, whatever is asked).
 
     Attributes:

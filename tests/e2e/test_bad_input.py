@@ -89,7 +89,11 @@ USAGE = {
     "a strength below zero": (["allocator=absorption", "allocator.strength=-1.0"], ["Got: -1.0.", ">= 0, or auto"]),
     "typo in an option": (
         ["pruner=wnada"],
-        ["Got: wnada.", "Allowed: dsnot, gblm, magnitude, pruner_zero, ria, sparsegpt, wanda.", "Fix: pruner=wanda."],
+        [
+            "Got: wnada.",
+            "Allowed: admm, alps, dsnot, gblm, magnitude, pruner_zero, ria, sparsegpt, wanda.",
+            "Fix: pruner=wanda.",
+        ],
     ),
     "sparsity above one": (["sparsity=1.2"], ["Got: 1.2.", "Allowed: 0 <= sparsity < 1.", "Fix: sparsity=0.7."]),
     "sparsity in percent": (["sparsity=60.0"], ["Got: 60.0.", "Fix: sparsity=0.6."]),

@@ -38,6 +38,15 @@ def test_ten_steps_of_the_refinement_take_most_of_the_way():
     assert after < 0.05 * before
 
 
+def test_the_refinement_starts_from_the_weights_that_admm_found():
+    weight, x = draw(24, 32, 200)
+    spectrum = decomposed(stats_of(x).gram, 0.01)
+    dense, target = spectrum.problem.scaled(weight), Target(0.7)
+    found, _ = admm(dense, spectrum, lambda w: keep_mask(w.abs(), target, "matrix"), 0.1, 300)
+    pruned = ALPS(refine=0).prune(weight, stats_of(x), target)
+    assert torch.equal(pruned.weight, spectrum.problem.restored(found, weight, pruned.keep))
+
+
 def test_every_step_of_the_conjugate_gradients_lowers_the_error_and_keeps_the_support():
     x = torch.randn(40, 8)
     gram, keep = x.T @ x / 40, torch.rand(5, 8) > 0.4
