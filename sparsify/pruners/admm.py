@@ -123,7 +123,15 @@ def updated(
     iterations: int,
     choose: Callable[[int, Tensor], Tensor | None],
 ) -> tuple[Float[Tensor, "out inp"], Bool[Tensor, "out inp"]]:
-    """W + U after the last step, and the last mask; `choose` gives the mask of step 1, 2, ... or None: as before."""
+    """W after the last step, and the last mask, where U is zero.
+
+    Args:
+        dense: W^ with its inputs normalised.
+        system: H, and (H + rho I)^-1.
+        rho: the penalty.
+        iterations: steps.
+        choose: the mask of step 1, 2, ..., given that and W + U; None for the mask before.
+    """
     aim = dense @ system.problem.gram
     work, dual = dense, torch.zeros_like(dense)
     keep = torch.ones_like(dense, dtype=torch.bool)
@@ -133,4 +141,4 @@ def updated(
         sparse = (work + dual) * keep
         dual = dual + work - sparse
         work = (aim + rho * (sparse - dual)) @ system.inverse
-    return work + dual, keep
+    return work, keep
