@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -74,12 +75,9 @@ class ALPS:
         spectrum = stats.once(("alps", self.damp), lambda: decomposed(stats.gram, self.damp))
         problem = spectrum.problem
         dense = problem.scaled(weight)
-
-        def select(work: Tensor) -> Tensor:
-            return keep_mask(work.abs(), target, self.group)
-
+        select = partial(keep_mask, target=target, group=self.group)
         found, settled = admm(dense, spectrum, select, self.rho, self.iterations)
-        keep = select(found)
+        keep = select(found.abs())
         best = conjugate_gradients(found * keep, keep, problem.gram, dense @ problem.gram, self.refine)
         notes = {} if settled else {"unsettled": f"the support still changed after {self.iterations} iterations"}
         return Pruned(problem.restored(best, weight, keep), keep, notes)
@@ -126,15 +124,15 @@ def decomposed(gram: Float[Tensor, "inp inp"], damp: float) -> Spectrum:
 def admm(
     dense: Float[Tensor, "out inp"], spectrum: Spectrum, select: Callable[[Tensor], Tensor], rho: float, iterations: int
 ) -> tuple[Float[Tensor, "out inp"], bool]:
-    """W of Algorithm 1, and whether its support settled; `select` says which weights the projection P_k keeps."""
+    """W of Algorithm 1, and whether its support settled; `select` gives the mask of P_k by magnitudes."""
     aim, inverse = dense @ spectrum.problem.gram, spectrum.inverse(rho)
-    before = select(dense)
+    before = select(dense.abs())
     kept, work = int(before.sum()), dense
     sparse, dual = dense * before, torch.zeros_like(dense)
     for step in range(1, iterations + 1):
         work = (aim - dual + rho * sparse) @ inverse
         shifted = work + dual / rho
-        keep = select(shifted)
+        keep = select(shifted.abs())
         sparse = shifted * keep
         dual = dual + rho * (work - sparse)
         if step % EVERY:
