@@ -85,11 +85,13 @@ def unfinished(parts: Sequence[Part], table: str | None, overrides: Sequence[str
 
     Also true where a launcher ran the cells elsewhere and only their records tell.
     """
-    left = sum(cell.state in ("missing", "failed", "running") for part in parts for cell in part.cells)
+    cells = [cell for part in planning.distinct(parts) for cell in part.cells]
+    left = sum(cell.state in ("missing", "failed", "running") for cell in cells)
     if left:
         where = f"table={table}" if table else " ".join(overrides)
-        cells = console.counted(left, "cell")
-        console.say(f"[red]{cells} not finished[/]; see: python -m sparsify.plan {escape(where)}")
+        console.say(
+            f"[red]{console.counted(left, 'cell')} not finished[/]; see: python -m sparsify.plan {escape(where)}"
+        )
     return int(left > 0)
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from sparsify.commands import cli
 from sparsify.runs import console, labels
 from sparsify.runs.cost import Costs
-from sparsify.runs.planning import Part, PlannedCell, parts_of
+from sparsify.runs.planning import Part, PlannedCell, distinct, parts_of
 from sparsify.runs.records import Store
 
 USAGE = """python -m sparsify.plan [table=NAME] [overrides]
@@ -28,6 +28,7 @@ Overrides are those of python -m sparsify; see its --help."""
 
 def show(parts: Sequence[Part], table: str | None) -> None:
     """Print counts, what is left, and the expected time."""
+    parts = distinct(parts)
     cells = [cell for part in parts for cell in part.cells]
     counts = Counter(cell.state for cell in cells)
     summary = ", ".join(f"{counts[s]} {s}" for s in ("done", "running", "failed", "missing", "illegal") if counts[s])

@@ -17,7 +17,7 @@ from sparsify.commands import cli, plan
 from sparsify.commands.cli import INTERRUPTED
 from sparsify.errors import DataError, UsageError
 from sparsify.runs import console, identity, planning, request
-from sparsify.runs.planning import Part
+from sparsify.runs.planning import Part, PlannedCell
 
 USAGE = """python -m sparsify.sweep [table=NAME] [overrides]
 
@@ -111,16 +111,21 @@ def run(table: str | None, overrides: list[str]) -> int:
 
 
 def _launch(parts: Sequence[Part]) -> int:
-    total = sum(len(part.missing) for part in parts)
+    counts = [len(part.missing) for part in planning.distinct(parts)]
     code, first, started = 0, 0, time.time()
-    for part in parts:
-        if part.missing:
-            progress = [f"sweep.of={total}", f"sweep.first={first}", f"sweep.started={started}"]
+    for part, count in zip(parts, counts, strict=True):
+        if any(map(_left, part.missing)):
+            progress = [f"sweep.of={sum(counts)}", f"sweep.first={first}", f"sweep.started={started}"]
             code = max(code, cli.launch(["-m", *part.overrides, *progress]))
-            first += len(part.missing)
+        first += count
         if code == INTERRUPTED:
             break
     return code
+
+
+def _left(cell: PlannedCell) -> bool:
+    """Whether a cell that was missing still is: a part before its own may have run it, with more measurements."""
+    return planning.state_of(cell.config, cell.key, cell.evaluation_keys) in ("missing", "failed")
 
 
 def main(arguments: list[str]) -> int:

@@ -70,7 +70,12 @@ def _from_records(name: str, overrides: list[str]) -> Source:
     if not records:
         raise SparsifyError(f"No cell of {name} has finished yet", got=f"0 of {len(cells)} cells", fix=f"make {name}")
     rows = frame.long(record for record in records if record is not None)
-    return Source(rows.drop_duplicates(["key", "evaluation"]), len(cells), results / "tables", results / "figures")
+    return Source(
+        rows.drop_duplicates(["key", "evaluation"]),
+        len({cell.key for cell in cells}),
+        results / "tables",
+        results / "figures",
+    )
 
 
 def _from_rows(file: Path) -> Source:

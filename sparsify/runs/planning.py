@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from sparsify.errors import UsageError
@@ -53,6 +53,28 @@ def parts_of(table: str | None, overrides: Sequence[str]) -> list[Part]:
         parts.append(Part([*sweep, *overrides], [cell for key, cell in cells.items() if key not in seen]))
         seen |= set(cells)
     return parts
+
+
+def distinct(parts: Sequence[Part]) -> list[Part]:
+    """The parts without cells that add nothing: an earlier part has them with all that they measure.
+
+    The key of a cell is that of its training too, so these are what a sweep runs. A cell that is done stays, if the
+    earlier one is to be measured further.
+    """
+    seen: dict[str, list[PlannedCell]] = {}
+
+    def adds(cell: PlannedCell) -> bool:
+        earlier = seen.setdefault(cell.key, [])
+        new = not any(_covers(other, cell) for other in earlier)
+        earlier.append(cell)
+        return new
+
+    return [replace(part, cells=[cell for cell in part.cells if adds(cell)]) for part in parts]
+
+
+def _covers(earlier: PlannedCell, cell: PlannedCell) -> bool:
+    measured = cell.evaluation_keys.items() <= earlier.evaluation_keys.items()
+    return measured and (cell.state != "done" or earlier.state == "done")
 
 
 def cells_of(overrides: Sequence[str]) -> list[PlannedCell]:

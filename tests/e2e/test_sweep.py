@@ -54,6 +54,19 @@ def test_cells_that_fail_are_tried_once_and_counted(asked, monkeypatch, capsys):
     assert "2 cells not finished" in capsys.readouterr().out
 
 
+def test_a_part_whose_cells_an_earlier_one_has_run_is_not_launched(asked, monkeypatch, capsys):
+    """The first part asks for one evaluation more, so that the second has nothing left to do."""
+    window = "{_target_:sparsify.data.windows.Windows,text:${test.text},split:test,seqlen:16,windows:3}"
+    more = f"+eval.extra={{_target_:sparsify.evaluation.perplexity.Perplexity,windows:{window}}}"
+    parts = [planning.parts_of(None, [*asked, *extra])[0] for extra in ([more], [])]
+    launched, launch = [], cli.launch
+    monkeypatch.setattr(sweep.cli, "launch", lambda arguments: launched.append(arguments) or launch(arguments))
+    assert sweep._launch(parts) == 0
+    assert len(launched) == 1
+    assert "[2/2]" in capsys.readouterr().out
+    assert {cell.state for cell in planning.parts_of(None, asked)[0].cells} == {"done"}
+
+
 def test_ctrl_c_ends_the_sweep(asked, monkeypatch):
     launched = []
     monkeypatch.setattr(sweep.cli, "launch", lambda arguments: launched.append(arguments) or 130)
