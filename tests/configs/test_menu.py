@@ -1,7 +1,9 @@
 """Cells are planned as Hydra would run them, and planning imports no torch."""
 
+import dataclasses
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -11,7 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from sparsify import paths
 from sparsify.runs import menu, planning, registry
 from sparsify.runs.identity import plain
+from sparsify.runs.planning import Part
 
+SCALES = registry.names("scale")
 TABLES = registry.names("table")
 PARTS = [(table, tuple(part)) for table in TABLES for part in registry.read(registry.find("table", table))["parts"]]
 CELLS = [
@@ -83,3 +87,30 @@ def test_a_cell_of_two_parts_is_planned_once(tmp_path, monkeypatch):
     keys = [cell.key for part in parts for cell in part.cells]
     assert len(keys) == len(set(keys))
     assert [len(part.cells) for part in parts] == [1, 3, 10, 0, 0]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_cell_that_is_measured_further_is_trained_once(scale, tmp_path, monkeypatch):
+    """Table 5 asks for zero-shot before the parts that have the same cells without it."""
+    monkeypatch.setenv("SPARSIFY_RESULTS", str(tmp_path))
+    parts = planning.parts_of("table5", [f"scale={scale}"])
+    runs = [cell for part in planning.distinct(parts) for cell in part.cells]
+    keys = [cell.key for cell in runs]
+    assert len(keys) == len(set(keys)) == len({cell.key for part in parts for cell in part.cells})
+    measured = [cell for cell in runs if "boolq" in cell.evaluation_keys]
+    assert {cell.key for cell in measured} == {cell.key for cell in runs if cell.config["seed"] == 0}
+    stages = {(cell.config.get("recovery") or {}).get("_target_", "").rpartition(".")[2] for cell in measured}
+    assert {"", "LoRA", "MaskedLoRA"} <= stages
+
+
+def test_a_cell_that_is_done_and_to_be_measured_further_counts_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSIFY_RESULTS", str(tmp_path))
+
+    def as_after_perplexity(part):
+        states = ["missing" if "boolq" in cell.evaluation_keys else "done" for cell in part.cells]
+        pairs = zip(part.cells, states, strict=True)
+        return Part(part.overrides, [dataclasses.replace(cell, state=state) for cell, state in pairs])
+
+    parts = [as_after_perplexity(part) for part in planning.parts_of("table5", [])]
+    states = Counter(cell.state for part in planning.distinct(parts) for cell in part.cells)
+    assert states == {"missing": 6, "done": 5}  # of the dense model there is one cell

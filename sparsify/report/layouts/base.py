@@ -80,6 +80,7 @@ class Row:
         show: a column whose value is printed beside the number.
         paper: name of the allocator in the CSV of the papers' numbers.
         dense: the row of the dense model.
+        under: the pruner whose rows it stands among; empty for that of `where`, or every one.
     """
 
     label: str
@@ -88,3 +89,4 @@ class Row:
     show: str | None = None
     paper: str = ""
     dense: bool = False
+    under: str = ""

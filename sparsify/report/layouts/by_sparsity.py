@@ -20,7 +20,8 @@ class BySparsity(Layout):
 
     Attributes:
         pruners: groups of rows, in order.
-        rows: the dense model and what is held against it; one that names its pruner is shown under that one alone.
+        rows: the dense model and what is held against it; one that names its pruner is shown under that one alone, or
+            under another (`Row.under`), whose masks it changes, say.
         tasks: whose mean accuracy makes a table of its own, where it was measured.
     """
 
@@ -39,10 +40,10 @@ class BySparsity(Layout):
         """(pruner, label, its cells) of every row that has any."""
         pruned = [row for row in self.rows if not row.dense]
         found = [
-            (pruner, str(row.label), where(cells, {**row.where, "pruner": pruner}))
+            (pruner, str(row.label), where(cells, {"pruner": pruner, **row.where}))
             for pruner in self.present(cells)
             for row in pruned
-            if row.where.get("pruner", pruner) == pruner
+            if (row.under or row.where.get("pruner", pruner)) == pruner
         ]
         return [entry for entry in found if not entry[2].empty]
 
