@@ -14,7 +14,7 @@ from sparsify.allocators.budget import scale
 from sparsify.allocators.profile import Profile
 from sparsify.analysis.reconstruction import reconstruction_losses
 from sparsify.data.examples import Examples
-from sparsify.errors import UsageError
+from sparsify.errors import NumericsError, UsageError
 from sparsify.methods.base import Method, MethodResult
 from sparsify.methods.blockwise import LayerResult
 from sparsify.methods.job import Job
@@ -127,8 +127,8 @@ class LoSA(Method):
 
 
 @dataclass
-class _Done:
-    """What the last whole step left, beside the model and its adapters."""
+class _State:
+    """What the last whole step left, beside the model and its adapters; a checkpoint has it as JSON."""
 
     step: int = 0
     plan: SparsityPlan | None = None
@@ -143,7 +143,7 @@ class _Done:
         return json.dumps([self.step, plan, [row.to_row() for row in self.rows], self.log, self.goal])
 
     @classmethod
-    def from_json(cls, text: str, masks: Masks) -> "_Done":
+    def from_json(cls, text: str, masks: Masks) -> "_State":
         step, (targets, ledger, trials, notes), rows, log, goal = json.loads(text)
         plan = replace(SparsityPlan.from_rows(targets, ledger), trials=tuple(trials), notes=notes)
         return cls(step, plan, [LayerResult(**row) for row in rows], masks, log, goal)
@@ -175,7 +175,7 @@ class _Run:
         assert done.plan is not None
         return MethodResult(done.plan, done.rows, done.masks, self._notes(done))
 
-    def _notes(self, done: _Done) -> dict[str, Any]:
+    def _notes(self, done: _State) -> dict[str, Any]:
         """Curves by step, and by step and block; totals."""
         by_step = {f"step_{name}": [row[name] for row in done.log] for name in done.log[0] if name != "loss"}
         return by_step | {
@@ -186,7 +186,7 @@ class _Run:
             "without_adapter": [skipped.name for skipped in self.adapters.skipped],
         }
 
-    def _step(self, t: int, done: _Done) -> _Done:
+    def _step(self, t: int, done: _State) -> _State:
         method, view, job, began = self.method, self.view, self.job, time.perf_counter()
         self.adapters.merge()
         if not method.released:
@@ -199,7 +199,7 @@ class _Run:
         ranks = method.block_ranks(t, {block: errors[block] for block in self.adapters.ranks})
         self.adapters.set_ranks(ranks, keep=not method.released)
         pruned = time.perf_counter()
-        losses = self._trained(t)
+        losses = self._train(t)
         row = {
             "sparsity": view.sparsity(),
             "block_sparsity": _by_block(rows),
@@ -210,7 +210,7 @@ class _Run:
             "prune_seconds": pruned - began,
             "train_seconds": time.perf_counter() - pruned,
         }
-        return _Done(t, plan, rows, masks, [*done.log, row], goal)
+        return _State(t, plan, rows, masks, [*done.log, row], goal)
 
     @torch.no_grad()
     def _revive(self) -> None:
@@ -233,27 +233,31 @@ class _Run:
                 return first, goal
         return Profile(goal, adjust=scale).fitted(self.view.table, wanted, job.pattern), goal
 
-    def _trained(self, t: int) -> list[float]:
+    def _train(self, t: int) -> list[float]:
         if self.method.schedule.restart:
             self.trainer = self._trainer([self.shares[t - 1]])
         share, seed = self.shares[t - 1], 1_000_003 * self.job.seed + t
-        return self.trainer.run(self.text.take(slice(share.start, share.stop)), seed, self.job.progress)
+        try:
+            return self.trainer.run(self.text.take(slice(share.start, share.stop)), seed, self.job.progress)
+        except NumericsError as error:  # the checkpoint is that of the step before
+            got = f"{error.got}, in step {t} of {self.method.steps} of the method"
+            raise NumericsError(error.what, got=got, fix=error.fix) from error
 
     def _trainer(self, shares: list[range]) -> Trainer:
         schedule = self.method.schedule
         total = sum(schedule.steps(len(share)) for share in shares)
         return Trainer(self.view, self.adapters.parameters(), schedule, total, dense=self.teacher)
 
-    def _question(self) -> str:
-        """What a checkpoint must have been of to be gone on with."""
+    def _fingerprint(self) -> str:
+        """What a checkpoint has to agree in to be resumed: settings, seed and texts."""
         job, method = self.job, replace(self.method, training=None)
         asked = [method, job.pruner, job.allocator, job.pattern, job.sparsity, job.seed]
         return json.dumps([*map(repr, asked), job.calibration.digest, self.text.digest])
 
-    def _save(self, done: _Done) -> None:
+    def _save(self, done: _State) -> None:
         self.job.checkpoint.save(
             {
-                "question": self._question(),
+                "fingerprint": self._fingerprint(),
                 "done": done.to_json(),
                 "masks": {name: bits.clone() for name, bits in done.masks.bits().items()},
                 "weights": {layer.spec.name: layer.weight.detach().cpu().clone() for layer in self.view.layers},
@@ -263,11 +267,11 @@ class _Run:
         )
 
     @torch.no_grad()
-    def _resumed(self) -> _Done:
+    def _resumed(self) -> _State:
         """Where a killed run was after its last whole step."""
         saved, masks = self.job.checkpoint.load(), Masks()
-        if not isinstance(saved, Mapping) or saved.get("question") != self._question():
-            return _Done()
+        if not isinstance(saved, Mapping) or saved.get("fingerprint") != self._fingerprint():
+            return _State()
         for layer in self.view.layers:
             name = layer.spec.name
             layer.write(saved["weights"][name].to(layer.weight.device))
@@ -276,7 +280,7 @@ class _Run:
         self.adapters.load_state_dict(saved["adapters"])
         if saved["trainer"] is not None:
             self.trainer.load_state_dict(saved["trainer"])
-        return _Done.from_json(saved["done"], masks)
+        return _State.from_json(saved["done"], masks)
 
 
 def _by_block(rows: list[LayerResult]) -> list[float]:

@@ -39,7 +39,7 @@ class _Tuning(Stage):
         if self.schedule.distill:
             job.dense()
 
-    def _trained(self, view: BlockView, job: Job, parameters: list[nn.Parameter], **options: Any) -> dict[str, Any]:
+    def _train(self, view: BlockView, job: Job, parameters: list[nn.Parameter], **options: Any) -> dict[str, Any]:
         """Train these parameters on all of the text; notes for the record."""
         text = job.examples(self.training)
         teacher = dense_copy(view, job.dense()) if self.schedule.distill else None
@@ -75,7 +75,7 @@ class MaskedLoRA(_Tuning):
         with Adapters(
             view, self.rank, self.rank, scale=self.scale, dropout=dropout, seed=job.seed, masked=self.masked
         ) as adapters:
-            notes = self._trained(view, job, adapters.parameters())
+            notes = self._train(view, job, adapters.parameters())
             notes |= {"trainable": adapters.num_trainable(), "without_adapter": [x.name for x in adapters.skipped]}
             adapters.merge()
         notes |= {"sparsity_before": before, "sparsity_merged": view.sparsity()}
@@ -109,7 +109,7 @@ class FullFineTuning(_Tuning):
                 for parameter, zero in zip(parameters, zeros, strict=True):
                     parameter.masked_fill_(zero, 0.0)
 
-            notes = self._trained(view, job, parameters, after=keep_zeros)
+            notes = self._train(view, job, parameters, after=keep_zeros)
         return StageResult(masks, notes | {"trainable": int(sum((~zero).sum() for zero in zeros))})
 
 

@@ -78,7 +78,8 @@ class Trainer:
             What was lowered, in nats per predicted token, by step of the optimiser.
 
         Raises:
-            NumericsError: the loss is not finite.
+            NumericsError: the loss is not finite: the message has the step and its learning rate, and the
+                parameters are as they were before it.
         """
         self.loss.look(examples.probe(self.view.device))
         torch.manual_seed(seed)
@@ -113,13 +114,14 @@ class Trainer:
     def _step(self, module: nn.Module, examples: Examples, chosen: list[int]) -> float:
         """One step of the optimiser; the loss before it."""
         total = sum(len(examples.ids[i]) - examples.starts[i] for i in chosen)
+        rate = self.schedule.rate * self.schedule.factor(self.step, self.total)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.schedule.rate * self.schedule.factor(self.step, self.total)
+            group["lr"] = rate
         lowered = self._backward(module, examples, chosen, total)
         if not math.isfinite(lowered):
             raise NumericsError(
                 "The loss of a training step is not finite",
-                got=f"{lowered} at step {self.step + 1} of {self.total}",
+                got=f"{lowered} at step {self.step + 1} of {self.total}, learning rate {rate:g}",
                 fix="a lower schedule.rate, or dtype=bfloat16 or float32 if this is float16",
             )
         self.scaler.unscale_(self.optimiser)

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from sparsify.allocators.similarity import Similarity
 from sparsify.allocators.uniform import Uniform
 from sparsify.analysis.reconstruction import reconstruction_losses
 from sparsify.data.inputs import TokenInputs, as_inputs
-from sparsify.errors import UsageError
+from sparsify.errors import NumericsError, UsageError
 from sparsify.methods.checkpoint import Checkpoint
 from sparsify.methods.losa import LoSA
 from sparsify.methods.oneshot import OneShot
@@ -21,6 +22,7 @@ from sparsify.pruners.wanda import Wanda
 from sparsify.recipe import Recipe, prune_model
 from sparsify.recovery.ranks import step_samples
 from sparsify.recovery.schedule import Schedule
+from sparsify.recovery.training import Trainer
 from sparsify.types import Pattern
 
 QUICK = Schedule(rate=1e-2, batch=2, dropout=0.0, clip=1.0, warmup=0.0)
@@ -109,6 +111,28 @@ def test_a_killed_run_goes_on_to_the_same_weights(make_model, tokens, text, tmp_
             assert torch.equal(weights(resumed)[name], weight)
         assert result.notes["loss"] == expected.notes["loss"]
         assert result.plan == expected.plan
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(make_model, tokens, text, tmp_path, monkeypatch):
+    """The third step of the method fails in its second step of the optimiser, and goes on from the second's end."""
+    method = LoSA(training=text, schedule=QUICK, steps=3)
+    whole, expected = run(make_model, tokens, method)
+    backward, calls = Trainer._backward, []
+
+    def spoilt(self, *arguments):
+        calls.append(1)
+        lowered = backward(self, *arguments)
+        return math.nan if len(calls) == 4 else lowered
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_backward", spoilt)
+        said = r"not finite.*nan at step 2 of 3, learning rate 0\.00666667, in step 3 of 3 of the method"
+        with pytest.raises(NumericsError, match=said):
+            run(make_model, tokens, method, checkpoint=Checkpoint(tmp_path))
+    assert json.loads(Checkpoint(tmp_path).load()["done"])[0] == 2
+    resumed, result = run(make_model, tokens, method, checkpoint=Checkpoint(tmp_path))
+    assert all(torch.equal(weights(resumed)[name], weight) for name, weight in weights(whole).items())
+    assert result.notes["loss"] == expected.notes["loss"]
 
 
 def test_a_checkpoint_of_something_else_is_not_gone_on_with(make_model, tokens, text, tmp_path):

@@ -120,9 +120,15 @@ def test_distillation_lowers_the_divergence_from_the_dense_model(make_model, tex
         assert torch.allclose(teacher(ids).logits, make_model()(ids).logits, atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(view, text):
+def test_a_loss_that_is_not_finite_stops_the_training_and_says_where(view, text):
     with Adapters(view, 4, 4) as adapters:
-        adapters.parameters()[0].data.fill_(math.nan)
-        adapters.parameters()[1].data.fill_(1.0)
-        with pytest.raises(NumericsError, match="not finite"):
-            Trainer(view, adapters.parameters(), Schedule(**QUICK), 3).run(text, 0)
+        parameters = adapters.parameters()
+
+        def spoil():
+            parameters[0].data[0, 0] = math.nan
+
+        trainer = Trainer(view, parameters, Schedule(**QUICK), 3, after=spoil)
+        with pytest.raises(NumericsError, match=r"not finite.*nan at step 2 of 3, learning rate 0\.00666667"):
+            trainer.run(text, 0)
+        assert trainer.step == 1
+        assert not any(parameter.isnan().any() for parameter in parameters[1:])
