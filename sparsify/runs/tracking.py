@@ -29,7 +29,7 @@ class NoTracker:
 
 @dataclass(frozen=True)
 class Wandb:
-    """One wandb run per record: config, metrics, the per-layer table, curves over depth.
+    """One wandb run per record: config, metrics, the per-layer table, curves over depth and of training.
 
     Attributes:
         project: wandb project.
@@ -69,6 +69,14 @@ class Wandb:
                 run.log({"block": step, **values})
             for trial in record.trials:
                 run.log({f"trial/{name}": value for name, value in trial.items()})
+            for axis, points in {"training": loss_curve(record), "step": step_curves(record)}.items():
+                run.define_metric(f"{axis}/*", step_metric=f"{axis}/step")
+                for point in points:
+                    run.log(point)
+            if steps := step_rows(record):
+                columns = ["step", "block", *BY_BLOCK]
+                data = [[row.get(column) for column in columns] for row in steps]
+                run.log({"steps": wandb.Table(columns=columns, data=data)})
         finally:
             run.finish()
 
@@ -96,3 +104,39 @@ def block_curves(record: Record) -> list[dict[str, float]]:
         }
         for rows in (blocks[i] for i in sorted(blocks))
     ]
+
+
+Point = dict[str, float | int]
+"""Numbers by name."""
+TOTALS = {"sparsity": "step_sparsity", "trainable": "step_trainable"}
+"""What a method of several steps notes of each, by what it is called here."""
+BY_BLOCK = {"sparsity": "step_block_sparsity", "rank": "step_ranks", "reconstruction": "step_reconstruction"}
+"""What it notes of each step and block."""
+
+
+def loss_curve(record: Record) -> list[Point]:
+    """The training loss, in nats per token, by step of the optimiser: of a method that trains, or of the recovery."""
+    losses = record.notes.get("loss", record.notes.get("recovery.loss", []))
+    return [{"training/step": step, "training/loss": loss} for step, loss in enumerate(losses, start=1)]
+
+
+def step_rows(record: Record) -> list[Point]:
+    """A row for every step of the method and block, with what was noted of it."""
+    rows: dict[tuple[int, int], Point] = {}
+    for name, note in BY_BLOCK.items():
+        for step, values in enumerate(record.notes.get(note, []), start=1):
+            for block, value in enumerate(values):
+                rows.setdefault((step, block), {"step": step, "block": block})[name] = value
+    return list(rows.values())
+
+
+def step_curves(record: Record) -> list[Point]:
+    """Totals of every step of the method, and a curve over the steps for each block."""
+    points: dict[float | int, Point] = {}
+    for name, note in TOTALS.items():
+        for step, value in enumerate(record.notes.get(note, []), start=1):
+            points.setdefault(step, {"step/step": step})[f"step/{name}"] = value
+    for row in step_rows(record):
+        curves = {f"step/{name}/block_{row['block']:02d}": row[name] for name in BY_BLOCK if name in row}
+        points.setdefault(row["step"], {"step/step": row["step"]}).update(curves)
+    return list(points.values())

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sparsify.report import frame
+from sparsify.report import figures, frame
 from sparsify.report.layouts import beta_study, medians, recovery, search, seeds
 from sparsify.report.layouts.base import Page, Row
 from sparsify.report.layouts.medians import Medians
@@ -136,7 +136,8 @@ def trained():
     """Cells of a table of training: a dense one, two seeds without and with training, one by steps."""
     plain = {"pruner": "wanda", "method": "oneshot", "allocator": "uniform", "sparsity": 0.7, "achieved": 0.7}
     losa = {"method": "losa", "noted.trainable": 4e6, "noted.loss": "3|2|1", "noted.step_sparsity": "0.5|0.7"}
-    losa |= {"noted.step_ranks": "6|6|6;7|5|9", "seconds.prune": 120.0, "test": 60.0}
+    losa |= {"noted.step_block_sparsity": "0.4|0.5|0.6;0.7|0.6|0.8", "noted.similarity": "1|.9|.8;.9|1|.7;.8|.7|1"}
+    losa |= {"allocator.measure": "cka", "noted.step_ranks": "6|6|6;7|5|9", "seconds.prune": 120.0, "test": 60.0}
     return pd.DataFrame(
         [
             plain | {"sparsity": 0.0, "test": 20.0},
@@ -164,4 +165,33 @@ def test_training_has_means_costs_and_a_figure(tmp_path):
     assert costs["trainable"].tolist() == ["", "2,000,000", "4,000,000"]
     assert costs["sparsity at the end"].tolist() == ["70.0%", "0.0%", "70.0%"]
     assert costs["minutes"].tolist() == ["0.1", "", "2.0"]
-    assert (tmp_path / "training_tiny.png").is_file()
+    assert [file.name for file in files if file.suffix == ".png"] == ["training_tiny.png", "cka_tiny.png"]
+    assert all(file.is_file() for file in files)
+
+
+def test_the_figure_of_a_training_has_loss_sparsity_and_ranks_by_step_and_block(tmp_path, monkeypatch):
+    drawn = {}
+
+    def keep(figure, files):
+        drawn[files[0].name] = [[line.get_ydata().tolist() for line in axes.get_lines()] for axes in figure.axes]
+
+    monkeypatch.setattr(figures, "_save", keep)
+    layout = Recovery(**COMMON, pruners=["wanda"], rows=[Row("LoSA", {"method": "losa"})])
+    cells = layout.prepare(trained())
+    layout.write(Page(cells, cells, "table5", "tiny", "a table", [], tmp_path, tmp_path))
+    loss, sparsity, ranks = drawn["training_tiny.png"]
+    assert loss == [[3.0, 2.0, 1.0]]
+    assert sparsity == [pytest.approx([40.0, 50.0, 60.0]), pytest.approx([70.0, 60.0, 80.0])]
+    assert ranks == [[6.0, 6.0, 6.0], [7.0, 5.0, 9.0]]
+
+
+def test_a_row_stands_among_those_of_another_pruner():
+    base = {"sparsity": 0.7, "allocator": "uniform"}
+    cells = pd.DataFrame([base | {"pruner": "wanda", "test": 100.0}, base | {"pruner": "ria", "test": 90.0}])
+    rows = [
+        Row("plain", {"allocator": "uniform"}),
+        Row("other", {"pruner": "ria", "allocator": "uniform"}, under="wanda"),
+    ]
+    layout = Recovery(**COMMON, pruners=["wanda", "sparsegpt"], rows=rows)
+    shown = layout.frame(cells, "test", lambda values: f"{values[0]:g}")
+    assert shown.iloc[:, 0].to_dict() == {("wanda", "plain"): "100", ("wanda", "other"): "90"}

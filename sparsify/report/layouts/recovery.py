@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
-from sparsify.report.figures import COLOURS, saved
+from sparsify.report import frame
+from sparsify.report.figures import COLOURS, cka_matrix, saved
 from sparsify.report.layouts.base import Page
 from sparsify.report.layouts.by_sparsity import BySparsity, values_of
 from sparsify.report.numbers import format_number
@@ -36,11 +38,14 @@ class Recovery(BySparsity):
         return cells.assign(recovery=have.fillna("none"))
 
     def write(self, page: Page) -> list[Path]:
-        """A file of up to three tables, and a figure where something was trained by steps."""
+        """A file of up to three tables, and figures: of a training by steps, and of the similarity of blocks."""
         more = self.accuracy(page.cells, lambda values: _spread(values, "{:.1f}".format))
         if not (costs := _costs(self, page.cells)).empty:
             more.append(("Costs, means over seeds", costs))
-        return page.write(self.frame(page.cells, self.value, _of_perplexity), more) + _figure(page)
+        files = page.write(self.frame(page.cells, self.value, _of_perplexity), more) + _figure(page)
+        if similar := frame.similarities(page.cells):
+            files += cka_matrix(page.figures, f"cka_{page.stem}", similar, page.title)
+        return files
 
 
 def _of_perplexity(values: Sequence[float]) -> str:
@@ -78,25 +83,32 @@ def _cost(name: str, cells: pd.DataFrame) -> str:
 
 
 def _figure(page: Page) -> list[Path]:
-    """Loss and sparsity along the training of the first cell by steps, and the ranks of its blocks."""
+    """Of the first cell that was trained by steps: its loss, and the sparsity and rank of every block by step."""
     if "noted.step_ranks" not in page.cells or not page.cells["noted.step_ranks"].notna().any():
         return []
     cell = page.cells[page.cells["noted.step_ranks"].notna()].iloc[0]
-    loss, sparsity = _line(cell["noted.loss"]), _line(cell["noted.step_sparsity"])
-    ranks = [_line(row) for row in str(cell["noted.step_ranks"]).split(";")]
-    name = f"training_{page.stem}"
-    with saved(page.figures, name, 6.4, 2.6, 3, False, 1) as (panels, files):
+    loss, by_step = _line(cell["noted.loss"]), _line(cell["noted.step_sparsity"])
+    sparsity, ranks = _lines(cell["noted.step_block_sparsity"]), _lines(cell["noted.step_ranks"])
+    with saved(page.figures, f"training_{page.stem}", 7.6, 2.6, 3, False, 1) as (panels, files):
         panels[0].plot(range(1, len(loss) + 1), loss, color=COLOURS[0])
         panels[0].set(xlabel="optimiser step", ylabel="loss (nats per token)")
-        panels[1].step(range(1, len(sparsity) + 1), [100 * s for s in sparsity], where="mid", color=COLOURS[0])
-        panels[1].set(xlabel="step of the method", ylabel="zeros (%)")
-        for number, row in enumerate(ranks):
-            panels[2].plot(
-                range(1, len(row) + 1), row, color=COLOURS[number % len(COLOURS)], label=f"step {number + 1}"
-            )
+        _by_block(panels[1], [[100 * s for s in row] for row in sparsity], [f"{s:.1%} zeros" for s in by_step])
+        panels[1].set(xlabel="block", ylabel="zeros (%)")
+        _by_block(panels[2], ranks, [f"mean {np.mean(row):.3g}" for row in ranks])
         panels[2].set(xlabel="block", ylabel="rank")
-        panels[2].legend(fontsize="small")
     return files
+
+
+def _by_block(axes: Axes, lines: Sequence[Sequence[float]], remarks: Sequence[str]) -> None:
+    """A line over the blocks for every step of the method."""
+    for number, (line, remark) in enumerate(zip(lines, remarks, strict=True)):
+        label = f"step {number + 1}, {remark}"
+        axes.plot(range(1, len(line) + 1), line, color=COLOURS[number % len(COLOURS)], label=label)
+    axes.legend(fontsize="small")
+
+
+def _lines(text: object) -> list[list[float]]:
+    return [_line(row) for row in str(text).split(";")]
 
 
 def _line(text: object) -> list[float]:
