@@ -13,6 +13,7 @@ from sparsify.recovery.training import Trainer
 
 LOSA = (
     "method=losa",
+    "pruner=sparsegpt",  # which changes the weights that it keeps
     "method.steps=3",
     "allocator=similarity",
     "calibration.windows=4",
