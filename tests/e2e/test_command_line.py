@@ -180,7 +180,8 @@ def test_wandb_offline_needs_no_key_and_stays_in_the_results(go, results, monkey
     wandb = pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(results.parent))
-    run = go("logger=wandb")
+    losa = ("method=losa", "method.steps=2", "tuning.windows=8", "tuning.seqlen=16")  # with curves of training
+    run = go("logger=wandb", *losa)
     wandb.teardown()
     assert (run.code, run.err) == (0, "")
     (record,) = results.glob("runs/*/record.json")
