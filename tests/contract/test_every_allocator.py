@@ -11,13 +11,18 @@ from sparsify.allocators.context import Context
 from sparsify.data.inputs import as_inputs
 from sparsify.errors import PatternError
 from sparsify.methods.job import Job
+from sparsify.methods.losa import LoSA
 from sparsify.model.blocks import BlockView
 from sparsify.model.objective import NextToken
 from sparsify.pruners.wanda import Wanda
+from sparsify.recipe import Recipe, prune_model
+from sparsify.recovery.schedule import Schedule
 from sparsify.runs import menu, registry
 from sparsify.types import Pattern
 
 ALLOCATORS = registry.names("allocator")
+IN_LOOP = ("similarity", "atp", "absorption")
+"""Those that LoSA's loop is tested with every time."""
 TOKENS = torch.randint(3, 96, (4, 11), generator=torch.Generator().manual_seed(2))
 
 
@@ -119,6 +124,19 @@ def test_every_allocator_meets_a_pattern_to_within_a_level(name, model, built):
     plan, table = job.plan(0.5), job.view.table
     assert mean_of(plan, table) == pytest.approx(0.5, abs=max(table.block_numels()) / table.numel / 8)
     assert all(1 <= target.kept <= target.group == 8 for target in plan.targets.values())
+
+
+@pytest.mark.parametrize("name", [n if n in IN_LOOP else pytest.param(n, marks=pytest.mark.slow) for n in ALLOCATORS])
+def test_every_allocator_takes_its_place_in_the_loop_of_losa(name, model, built):
+    allocate_in = "first" if name == "from_file" else "every"  # a file is of one sparsity
+    schedule = Schedule(batch=2, rate=1e-2, warmup=0.0)
+    method = LoSA(training=TOKENS, schedule=schedule, steps=2, allocate=allocate_in)
+    view, pattern = BlockView(copy.deepcopy(model)), pattern_for(name)
+    recipe = Recipe.of(Wanda(), built(name), method, pattern, 0.5)
+    result = prune_model(view, as_inputs(TOKENS), recipe, heldout=as_inputs(TOKENS))
+    assert mean_of(result.plan, view.table) == pytest.approx(0.5, abs=tolerance(pattern, view.table))
+    assert result.sparsity == pytest.approx(0.5, abs=0.03)  # rows of 32 and 48 weights
+    assert len(result.notes["loss"]) == 3
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)
