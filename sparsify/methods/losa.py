@@ -1,7 +1,6 @@
 """LoSA: prune a little more, share out ranks, train low-rank adapters under the masks, and again; then merge."""
 
 import json
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,7 @@ from sparsify.methods.blockwise import LayerResult
 from sparsify.methods.job import Job
 from sparsify.model.blocks import BlockView
 from sparsify.model.masks import Masks
-from sparsify.recovery.adapters import Adapters
+from sparsify.recovery.adapters import Adapters, check_scale
 from sparsify.recovery.ranks import allocate_ranks, mean_rank, step_samples, step_sparsity
 from sparsify.recovery.schedule import Schedule
 from sparsify.recovery.teacher import dense_copy
@@ -82,8 +81,7 @@ class LoSA(Method):
                 got=f"ranks={self.ranks}, allocate={self.allocate}",
                 allowed="ranks: error, uniform; allocate: every, first",
             )
-        if not 0 < self.scale < math.inf:
-            raise UsageError("scale multiplies what adapters add", got=self.scale, allowed="above 0", fix="scale=2")
+        check_scale(self.scale)
         last = mean_rank(self.steps, self.first_rank, self.growth)
         if not self.low <= self.first_rank <= last <= self.high:
             raise UsageError(

@@ -1,6 +1,5 @@
 """Stages that train a pruned model: low-rank adapters, masked or dense, and the surviving weights themselves."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,12 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from sparsify.errors import UsageError
 from sparsify.methods.base import Stage, StageResult
 from sparsify.methods.job import Job
 from sparsify.model.blocks import BlockView
 from sparsify.model.masks import Masks
-from sparsify.recovery.adapters import Adapters
+from sparsify.recovery.adapters import Adapters, check_scale
 from sparsify.recovery.schedule import Schedule
 from sparsify.recovery.teacher import dense_copy
 from sparsify.recovery.training import Trainer, peak_memory
@@ -67,8 +65,7 @@ class MaskedLoRA(_Tuning):
 
     def __post_init__(self) -> None:
         check_whole("rank", self.rank)
-        if not 0 < self.scale < math.inf:
-            raise UsageError("scale multiplies what adapters add", got=self.scale, allowed="above 0", fix="scale=2")
+        check_scale(self.scale)
 
     def apply(self, view: BlockView, masks: Masks, job: Job) -> StageResult:
         before, dropout = view.sparsity(), self.schedule.dropout

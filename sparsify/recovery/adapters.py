@@ -1,5 +1,6 @@
 """Low-rank adapters on the linear layers of a pruned model: attached, trained, merged, taken off again."""
 
+import math
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -41,7 +42,8 @@ class Adapters:
 
     Raises:
         UnsupportedModelError: nothing in the model can have an adapter.
-        UsageError: ranks out of bounds or not of these blocks, or there are adapters already.
+        UsageError: ranks out of bounds or not of these blocks, dropout or scale out of range, or there are adapters
+            already.
     """
 
     def __init__(
@@ -57,12 +59,13 @@ class Adapters:
     ) -> None:
         if not 0 <= dropout < 1:
             raise UsageError("Dropout is a probability", got=dropout, allowed="from 0 to below 1")
+        check_scale(scale)
         layers = [layer for layer in view.layers if layer.expert is None]
         _check(layers)
         self.view, self.rank_max = view, rank_max
         self.skipped = [_skipped(layer) for layer in view.layers if layer.expert is not None]
         self._blocks = sorted({layer.spec.block for layer in layers})
-        self._ranks = self._understood(ranks)
+        self._ranks = self._checked(ranks)
         self._trained = dict(self._ranks)  # components that hold something, in use or not
         self._generator = torch.Generator().manual_seed(seed)
         self._adapters = [
@@ -114,7 +117,7 @@ class Adapters:
             UsageError: ranks out of bounds, or the adapters are merged: what is in the weights has the rank it has.
         """
         self._refuse_merged("their ranks change")
-        wanted = self._understood(ranks)
+        wanted = self._checked(ranks)
         with full_precision():
             for adapter in self._adapters:
                 block = adapter.layer.spec.block
@@ -191,7 +194,7 @@ class Adapters:
         saved = {name: [factor.shape for factor in factors] for name, factors in state["factors"].items()}
         if saved != {x.layer.spec.name: [factor.shape for factor in x.factors] for x in self._adapters}:
             raise UsageError("The state is of adapters of other layers, or of another rank_max")
-        self._ranks, self._trained = self._understood(state["ranks"]), dict(state["trained"])
+        self._ranks, self._trained = self._checked(state["ranks"]), dict(state["trained"])
         self._generator.set_state(state["generator"])
         for adapter in self._adapters:
             adapter.rank = self._ranks[adapter.layer.spec.block]
@@ -204,9 +207,9 @@ class Adapters:
         adapter.renew(trained, rank, self._generator)
         adapter.rank = rank
 
-    def _understood(self, ranks: Mapping[int, int] | int) -> dict[int, int]:
+    def _checked(self, ranks: Mapping[int, int] | int) -> dict[int, int]:
         wanted = dict.fromkeys(self._blocks, ranks) if isinstance(ranks, int) else dict(ranks)
-        if sorted(wanted) != self._blocks or not all(map(self._possible, wanted.values())):
+        if sorted(wanted) != self._blocks or not all(map(self._in_bounds, wanted.values())):
             raise UsageError(
                 "Every block with adapters has a rank, and no other",
                 got=f"ranks={ranks}"[:80],
@@ -214,12 +217,18 @@ class Adapters:
             )
         return wanted
 
-    def _possible(self, rank: Any) -> bool:
+    def _in_bounds(self, rank: Any) -> bool:
         return isinstance(rank, int) and 1 <= rank <= self.rank_max
 
     def _refuse_merged(self, before: str) -> None:
         if self.merged:
             raise UsageError(f"Adapters have to be unmerged before {before}", fix="adapters.unmerge() first")
+
+
+def check_scale(scale: float) -> None:
+    """Refuse a scale of the product BA that is not above zero and finite."""
+    if not 0 < scale < math.inf:
+        raise UsageError("scale multiplies what adapters add", got=scale, allowed="above 0", fix="scale=2")
 
 
 def _check(layers: list[Layer]) -> None:

@@ -81,7 +81,7 @@ class Trainer:
             NumericsError: the loss is not finite: the message has the step and its learning rate, and the
                 parameters are as they were before it.
         """
-        self.loss.look(examples.probe(self.view.device))
+        self.loss.find_head(examples.probe(self.view.device))
         torch.manual_seed(seed)
         order = [chosen for epoch in range(self.schedule.epochs) for chosen in self._order(examples, seed, epoch)]
         losses = []
@@ -169,7 +169,7 @@ class _Loss(nn.Module):
         self.dense = (dense,)  # in a tuple: no part of what is trained or synchronised
         self.plain = True
 
-    def look(self, batch: Batch) -> None:
+    def find_head(self, batch: Batch) -> None:
         """See whether the head alone makes the model's logits; in eval mode, where nothing is drawn."""
         self.plain = head_is_plain(self.model, batch["input_ids"][:1, :8])
 
