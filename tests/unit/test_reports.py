@@ -161,7 +161,9 @@ def test_training_has_means_costs_and_a_figure(tmp_path):
     files = layout.write(page)
     text = files[0].read_text()
     assert "105.0 ± 63.53 (2)" in text
-    costs = recovery._costs(layout, cells)
+    header = "| trainable | tokens | sparsity at the end | minutes | peak GiB |"
+    assert header in " ".join(text.split())
+    costs = recovery._costs(layout, cells)[""]
     assert costs["trainable"].tolist() == ["", "2,000,000", "4,000,000"]
     assert costs["sparsity at the end"].tolist() == ["70.0%", "0.0%", "70.0%"]
     assert costs["minutes"].tolist() == ["0.1", "", "2.0"]

@@ -66,7 +66,8 @@ def _costs(layout: Recovery, cells: pd.DataFrame) -> pd.DataFrame:
         rows.append([_cost(name, highest) for name in COSTS])
         index.append((pruner, label))
     names = pd.MultiIndex.from_tuples(index, names=["pruner", "method"]) if index else None
-    return pd.DataFrame(rows, index=names, columns=list(COSTS)) if index else pd.DataFrame()
+    columns = pd.MultiIndex.from_product([[""], COSTS])
+    return pd.DataFrame(rows, index=names, columns=columns) if index else pd.DataFrame()
 
 
 def _cost(name: str, cells: pd.DataFrame) -> str:
