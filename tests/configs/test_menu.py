@@ -93,6 +93,9 @@ def test_a_cell_of_two_parts_is_planned_once(tmp_path, monkeypatch):
 def test_a_cell_that_is_measured_further_is_trained_once(scale, tmp_path, monkeypatch):
     """Table 5 asks for zero-shot before the parts that have the same cells without it."""
     monkeypatch.setenv("SPARSIFY_RESULTS", str(tmp_path))
+    monkeypatch.setenv("SPARSIFY_DATA", str(tmp_path))
+    (tmp_path / "alpaca_gpt4").mkdir()
+    (tmp_path / "alpaca_gpt4" / "any.parquet").touch()  # a plan only hashes it
     parts = planning.parts_of("table5", [f"scale={scale}"])
     runs = [cell for part in planning.distinct(parts) for cell in part.cells]
     keys = [cell.key for cell in runs]
