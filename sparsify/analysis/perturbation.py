@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparsify.errors import UsageError
-from sparsify.model.statistics import LayerStats
+from sparsify.model.statistics import LayerStats, reading
 from sparsify.model.walk import Walk
 from sparsify.pruners.base import Pruner
 from sparsify.pruners.wanda import Wanda
@@ -124,6 +124,12 @@ class PrunedBlock:
         if not isinstance(self.pruner, Pruner):
             fix = "pruner@allocator.source.pruner=wanda"
             raise UsageError("pruner is a component, not a value", got=repr(self.pruner), fix=fix)
+        if reading(self.pruner.needs, "gradient"):
+            raise UsageError(
+                "A block alone is pruned by statistics of its inputs",
+                got=f"{type(self.pruner).__name__}, which reads gradients",
+                fix="pruner@allocator.source.pruner=wanda",
+            )
         if self.sparsity is not None and not (isinstance(self.sparsity, int | float) and 0 < self.sparsity < 1):
             raise UsageError("A pruned block has some zeros", got=self.sparsity, allowed="0 < sparsity < 1")
 

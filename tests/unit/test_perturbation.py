@@ -20,6 +20,7 @@ from sparsify.analysis.perturbation import Noise, PrunedBlock, branch, normal, p
 from sparsify.data.inputs import as_inputs
 from sparsify.errors import NumericsError, UsageError
 from sparsify.model.blocks import BlockView
+from sparsify.model.statistics import reading
 from sparsify.runs import registry
 
 SITES = ("output", "input", "attention", "mlp", "weights")
@@ -432,10 +433,19 @@ def test_a_pruned_block_takes_the_wanted_sparsity(view, tokens):
         drift(view, tokens, PrunedBlock(wanda))
 
 
-@pytest.mark.parametrize("pruner", registry.names("pruner"))
-def test_any_pruner_disturbs(view, tokens, pruner):
+BY_GRADIENTS = {name for name in registry.names("pruner") if reading(registry.build("pruner", name).needs, "gradient")}
+
+
+@pytest.mark.parametrize("pruner", sorted(set(registry.names("pruner")) - BY_GRADIENTS))
+def test_any_pruner_of_inputs_disturbs(view, tokens, pruner):
     found = drift(view, tokens, PrunedBlock(registry.build("pruner", pruner), 0.7))
     assert (found.start > 0).any(-1).all()
+
+
+@pytest.mark.parametrize("pruner", sorted(BY_GRADIENTS))
+def test_a_block_alone_is_not_pruned_by_gradients(pruner):
+    with pytest.raises(UsageError, match=r"source\.pruner=wanda"):
+        PrunedBlock(registry.build("pruner", pruner), 0.7)
 
 
 @pytest.mark.parametrize("options", [{"strength": -0.1}, {"grid": []}, {"grid": [-1.0]}, {"seeds": 0}, {"windows": 0}])
