@@ -123,6 +123,21 @@ def as_is_plan(layers: LayerTable, profile: Mapping[str, float], sparsity: float
     return SparsityPlan(targets, Ledger(sparsity, raw, mean, mean, held))
 
 
+def check_one_kept(sparsity: float, pattern: Pattern) -> None:
+    """Refuse a sparsity that mixed N:M has no room for, since N is at least one.
+
+    Raises:
+        BudgetError: with the highest there is.
+    """
+    if pattern.group is not None and pattern.kept is None and sparsity > 1 - 1 / pattern.group + 1e-9:
+        raise BudgetError(
+            f"{pattern} keeps at least one weight of every {pattern.group}",
+            got=f"sparsity={sparsity:g}",
+            allowed=f"sparsity <= {1 - 1 / pattern.group:g}",
+            fix=f"pattern=mixed:{2 * pattern.group}, or a lower sparsity",
+        )
+
+
 def apply_pattern(plan: SparsityPlan, layers: LayerTable, pattern: Pattern) -> SparsityPlan:
     """Round a plan to a pattern, keeping the budget.
 
@@ -140,13 +155,7 @@ def apply_pattern(plan: SparsityPlan, layers: LayerTable, pattern: Pattern) -> S
         _check_uniform(plan, pattern)
         levels = {layer.name: pattern.kept for layer in layers}
     else:
-        if plan.ledger.clipped > 1 - 1 / pattern.group + 1e-9:
-            raise BudgetError(
-                f"{pattern} keeps at least one weight of every {pattern.group}",
-                got=f"sparsity={plan.ledger.clipped:g}",
-                allowed=f"sparsity <= {1 - 1 / pattern.group:g}",
-                fix=f"pattern=mixed:{2 * pattern.group}, or a lower sparsity",
-            )
+        check_one_kept(plan.ledger.clipped, pattern)
         levels = _round_to_levels(_within_pattern(plan, layers, pattern.group), layers, pattern.group)
     targets = {name: Target(1 - kept / pattern.group, kept, pattern.group) for name, kept in levels.items()}
     mean = weighted_mean([targets[layer.name].sparsity for layer in layers], [layer.numel for layer in layers])

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsify.allocators.budget import check_one_kept
 from sparsify.data.windows import Windows
 from sparsify.evaluation.base import Evaluator
 from sparsify.model.sources import ModelSource, parse_dtype, pick_device
@@ -63,6 +64,7 @@ class Cell:
         recipe = _recipe(config)
         if blocks := config["model"].get("num_blocks"):
             registry.check(config["allocator"], recipe.sparsity, blocks, recipe.pattern)
+        check_one_kept(recipe.sparsity, recipe.pattern)
         pick_device(config["device"])
         parse_dtype(config["dtype"])
         parts = {name: registry.make(config[name], name) for name in ("model", "calibration", "heldout", "test")}

@@ -91,13 +91,12 @@ class Generated:
 
     def _firsts(self, tokenizer: Any, model: Any, device: torch.device) -> Int[Tensor, "n few"]:
         """First tokens, after a <bos> where the tokenizer adds one."""
-        special = set(tokenizer.all_special_ids) if tokenizer is not None else set()
-        size = len(tokenizer) if tokenizer is not None else model.config.vocab_size
-        plain = torch.tensor([token for token in range(size) if token not in special])
+        if tokenizer is None:
+            return torch.randint(model.config.vocab_size, (self.samples, 1)).to(device)
+        plain = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
         drawn = plain[torch.randint(len(plain), (self.samples, 1))]
-        before = encode(tokenizer, "")[:1] if tokenizer is not None else drawn[0, :0]
-        before = before[before == getattr(tokenizer, "bos_token_id", None)] if len(before) else before
-        return torch.cat([before.expand(self.samples, -1), drawn], dim=1).to(device)
+        before = [token for token in encode(tokenizer, "").tolist()[:1] if token == tokenizer.bos_token_id]
+        return torch.cat([drawn.new_tensor(before).expand(self.samples, -1), drawn], dim=1).to(device)
 
     def _written(self, model: Any, some: Int[Tensor, "b few"], tokenizer: Any) -> Iterator[Int[Tensor, " len"]]:
         """The texts that begin so, on the CPU."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+from sparsify.allocators.budget import check_one_kept
 from sparsify.errors import UsageError
 from sparsify.runs import identity, menu, registry, request
 from sparsify.runs.identity import Config
@@ -118,7 +119,9 @@ def illegal(config: Config) -> UsageError | None:
         return None
     try:
         pattern = Pattern.parse(config["pattern"])
-        registry.check(config["allocator"], identity.sparsity_of(config), blocks, pattern)
+        sparsity = identity.sparsity_of(config)
+        registry.check(config["allocator"], sparsity, blocks, pattern)
+        check_one_kept(sparsity, pattern)
     except UsageError as error:
         return error
     return None

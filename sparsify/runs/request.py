@@ -15,6 +15,8 @@ PARTS = {"model": "smollm2-135m", "method": "oneshot", "pruner": "wanda", "alloc
 """Groups that a cell cannot be without, each with what is chosen by default."""
 PLAIN = ("sparsity", "pattern", "seed", "batch_size", "keep", "device", "dtype", "results", "scale", "sweep")
 """Keys that every config has."""
+WRITTEN = "sparsify.data.generated.Generated"
+"""The text to train on that is read from nowhere."""
 
 
 def check(config: Config) -> None:
@@ -52,10 +54,6 @@ def check(config: Config) -> None:
     if config.get("part") is not None:
         _check_text(config, "part", "null", "language, vision, a module's name, or null for the decoder")
     _check_evaluations(config["eval"])
-
-
-WRITTEN = "sparsify.data.generated.Generated"
-"""The text to train on that is read from nowhere."""
 
 
 def _typed(value: Any) -> str:

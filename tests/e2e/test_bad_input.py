@@ -95,6 +95,10 @@ USAGE = {
             "Fix: pruner=wanda.",
         ],
     ),
+    "no room in the pattern": (
+        ["allocator=fisher", "pattern=mixed:8", "sparsity=0.95"],
+        ["Got: sparsity=0.95.", "Allowed: sparsity <= 0.875.", "Fix: pattern=mixed:16"],
+    ),
     "sparsity above one": (["sparsity=1.2"], ["Got: 1.2.", "Allowed: 0 <= sparsity < 1.", "Fix: sparsity=0.7."]),
     "sparsity in percent": (["sparsity=60.0"], ["Got: 60.0.", "Fix: sparsity=0.6."]),
     "beta beyond the limit": (
