@@ -160,8 +160,9 @@ class _Run:
     adapters: Adapters
 
     def __post_init__(self) -> None:
-        self.shares = self.method.shares(len(self.text))
-        self.trainer = self._trainer(self.shares)
+        self.shares, schedule = self.method.shares(len(self.text)), self.method.schedule
+        total = sum(schedule.steps(len(share)) for share in self.shares)
+        self.trainer = Trainer(self.view, self.adapters.parameters(), schedule, total, dense=self.teacher)
 
     def result(self) -> MethodResult:
         done, steps = self._resumed(), self.method.steps
@@ -233,18 +234,13 @@ class _Run:
 
     def _train(self, t: int) -> list[float]:
         if self.method.schedule.restart:
-            self.trainer = self._trainer([self.shares[t - 1]])
+            self.trainer.restart(self.method.schedule.steps(len(self.shares[t - 1])))
         share, seed = self.shares[t - 1], 1_000_003 * self.job.seed + t
         try:
             return self.trainer.run(self.text.take(slice(share.start, share.stop)), seed, self.job.progress)
         except NumericsError as error:  # the checkpoint is that of the step before
             got = f"{error.got}, in step {t} of {self.method.steps} of the method"
             raise NumericsError(error.what, got=got, fix=error.fix) from error
-
-    def _trainer(self, shares: list[range]) -> Trainer:
-        schedule = self.method.schedule
-        total = sum(schedule.steps(len(share)) for share in shares)
-        return Trainer(self.view, self.adapters.parameters(), schedule, total, dense=self.teacher)
 
     def _fingerprint(self) -> str:
         """What a checkpoint has to agree in to be resumed: settings, seed and texts."""

@@ -122,7 +122,8 @@ def _in_single(view: BlockView) -> Iterator[list[nn.Parameter]]:
             tensor.data = tensor.data.float()
         for parameter in prunable:
             parameter.requires_grad_(True)
-        with torch.autocast(view.device.type, torch.bfloat16, enabled=bool(half)):
+        # Without the cache: it would hand out a weight as it was before the step.
+        with torch.autocast(view.device.type, torch.bfloat16, enabled=bool(half), cache_enabled=False):
             yield prunable
     finally:
         for parameter, flag in zip(prunable, needed, strict=True):

@@ -14,15 +14,16 @@ class Replay:
         forward: runs on the device only and reads nothing that changes between calls but its arguments; what it
             writes in place (running sums, its own arguments' copies) is written again by every call.
         examples: inputs of the sizes to be replayed.
+        pool: of memory, shared by graphs that are replayed one after the other.
     """
 
-    def __init__(self, forward: Callable[..., Any], *examples: Tensor) -> None:
+    def __init__(self, forward: Callable[..., Any], *examples: Tensor, pool: Any = None) -> None:
         self.inputs = [example.clone() for example in examples]
         self.device = examples[0].device
         self.graph = torch.cuda.CUDAGraph()
         # The default stream is that of the first device ever captured on.
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.device(self.device), torch.cuda.graph(self.graph, stream=stream):
+        with torch.cuda.device(self.device), torch.cuda.graph(self.graph, pool=pool, stream=stream):
             self.output = forward(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:

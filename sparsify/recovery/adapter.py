@@ -16,6 +16,8 @@ from sparsify.recovery.merging import merged_weight, unmerged_weight
 
 A, B = "lowrank_a", "lowrank_b"
 """What the parameters are called in the module that has them."""
+IN_USE = "lowrank_in_use"
+"""Ones for the components that take part, in a buffer: a captured graph reads it, and outlives a change of rank."""
 
 
 @dataclass
@@ -51,6 +53,8 @@ class Adapter:
             zeros = torch.zeros(shape, dtype=dtype, device=weight.device)
             module.register_parameter(name, nn.Parameter(zeros))
         self._own = module.__dict__.get("forward")  # something else may have replaced its class's
+        module.register_buffer(IN_USE, torch.zeros(self.stored, dtype=dtype, device=weight.device), persistent=False)
+        self.use(self.rank)
         self.renew(0, self.rank, generator)
         self._switch(adapted=True)
 
@@ -59,7 +63,7 @@ class Adapter:
         if self._base is None:
             self._switch(adapted=False)
         self._base = None
-        for name in (A, B):
+        for name in (A, B, IN_USE):
             delattr(self.layer.module, name)
 
     @property
@@ -70,7 +74,7 @@ class Adapter:
     def forward(self, x: Float[Tensor, "*tok inp"]) -> Float[Tensor, "*tok out"]:
         """What the module computes while it is adapted and not merged."""
         module, (stored_a, stored_b) = self.layer.module, self.factors
-        a, b = stored_a[: self.rank], stored_b[:, : self.rank]
+        a, b = stored_a, stored_b * getattr(module, IN_USE)
         weight, drops = self.layer.oriented(self.layer.stored), self.dropout > 0 and module.training
         if self.masked and not drops:
             return masked_lowrank_linear(x, weight, module.bias, a, b, self.scale)
@@ -78,6 +82,12 @@ class Adapter:
         if self.masked:
             return self._plain(x) + masked_lowrank_linear(dropped, weight, None, a, b, self.scale, base=False)
         return self._plain(x) + self.scale * F.linear(F.linear(dropped, a.to(x.dtype)), b.to(x.dtype))
+
+    def use(self, rank: int) -> None:
+        """Let the first so many components take part, and no others."""
+        self.rank = rank
+        in_use = getattr(self.layer.module, IN_USE)
+        in_use[:rank], in_use[rank:] = 1, 0
 
     @torch.no_grad()
     def renew(self, low: int, high: int, generator: torch.Generator) -> None:

@@ -197,7 +197,7 @@ class Adapters:
         self._ranks, self._trained = self._checked(state["ranks"]), dict(state["trained"])
         self._generator.set_state(state["generator"])
         for adapter in self._adapters:
-            adapter.rank = self._ranks[adapter.layer.spec.block]
+            adapter.use(self._ranks[adapter.layer.spec.block])
             for factor, values in zip(adapter.factors, state["factors"][adapter.layer.spec.name], strict=True):
                 factor.copy_(values)
 
@@ -205,7 +205,7 @@ class Adapters:
         if keep and rank < adapter.rank:
             adapter.fold(rank, adapter.rank)
         adapter.renew(trained, rank, self._generator)
-        adapter.rank = rank
+        adapter.use(rank)
 
     def _checked(self, ranks: Mapping[int, int] | int) -> dict[int, int]:
         wanted = dict.fromkeys(self._blocks, ranks) if isinstance(ranks, int) else dict(ranks)

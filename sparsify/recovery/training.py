@@ -7,22 +7,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from sparsify.data.examples import Examples
-from sparsify.data.inputs import Batch
 from sparsify.errors import NumericsError, UsageError
 from sparsify.model.blocks import BlockView
 from sparsify.model.gradients import LARGE, recomputing
-from sparsify.model.objective import head_is_plain, head_logits
 from sparsify.progress import Progress, silent
+from sparsify.recovery.loss import TrainingLoss
+from sparsify.recovery.passes import Passes
 from sparsify.recovery.schedule import Schedule
 
-SLICE = 2048
-"""Predicted tokens whose logits are held at once."""
 GROUPED = 50
 """Batches whose samples are sorted by length together, as transformers' `group_by_length` does."""
 
@@ -52,9 +47,8 @@ class Trainer:
         dense: nn.Module | None = None,
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        self.view, self.parameters, self.schedule, self.total = view, list(parameters), schedule, total
-        self.after, self.step = after, 0
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=schedule.rate, weight_decay=schedule.decay)
+        self.view, self.parameters, self.schedule, self.after = view, list(parameters), schedule, after
+        self.restart(total)
         half = any(layer.stored.dtype == torch.float16 for layer in view.layers)
         self.scaler = torch.amp.GradScaler(view.device.type, enabled=half)
         self.accelerator = Accelerator(cpu=view.device.type == "cpu")
@@ -64,7 +58,18 @@ class Trainer:
                 got=f"batch={schedule.batch}, {self.accelerator.num_processes} processes",
                 fix=f"schedule.batch={self.accelerator.num_processes * 4}",
             )
-        self.loss = _Loss(view.model, dense, schedule.distill)
+        self.loss = TrainingLoss(view.model, dense, schedule.distill)
+        self.passes = self._passes() if replays(view) and self.accelerator.num_processes == 1 else None
+
+    def restart(self, total: int) -> None:
+        """A new optimiser at the first of so many steps; the parameters stay."""
+        rate, decay, fused = self.schedule.rate, self.schedule.decay, self.view.device.type == "cuda"
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=decay, fused=fused)
+        self.step, self.total = 0, total
+
+    def _passes(self) -> Passes:
+        longest = getattr(self.view.model.config, "max_position_embeddings", None)
+        return Passes(self.loss, self.parameters, self.view.device, longest)
 
     def run(self, examples: Examples, seed: int, progress: Progress = silent) -> list[float]:
         """Train on all examples, `schedule.epochs` times.
@@ -134,7 +139,9 @@ class Trainer:
         return lowered
 
     def _backward(self, module: nn.Module, examples: Examples, chosen: list[int], total: int) -> float:
-        """Gradients of the mean over all predicted tokens of the batch, part by part."""
+        """Gradients of the mean over all predicted tokens of the batch, part by part; returns that mean."""
+        if self.passes is not None:
+            return self._replayed(self.passes, examples, chosen, total)
         processes = self.accelerator.num_processes
         mine = chosen[self.accelerator.process_index :: processes]
         parts = list(self._parts(examples, mine or chosen[:1]))
@@ -151,59 +158,27 @@ class Trainer:
         gathered: Tensor = self.accelerator.reduce(lowered, "sum")
         return float(gathered)
 
+    def _replayed(self, passes: Passes, examples: Examples, chosen: list[int], total: int) -> float:
+        """The same by passes of few sizes."""
+        passes.zero()
+        weight = self.scaler.scale(torch.tensor(1 / total, device=self.view.device))
+        rows = min(self._rows(passes.room_for(examples.take(chosen).length)), self.schedule.batch)
+        parts = [examples.take(chosen[i : i + rows]) for i in range(0, len(chosen), rows)]
+        return float(sum(passes(part, rows, weight).double() for part in parts)) / total
+
     def _parts(self, examples: Examples, mine: list[int]) -> Iterator[list[int]]:
-        longest = max(len(examples.ids[i]) for i in mine)
-        room = 2048 if self.view.device.type == "cpu" else 8192
-        size = self.schedule.micro or max(1, room // longest)
+        size = self._rows(max(len(examples.ids[i]) for i in mine))
         yield from (mine[i : i + size] for i in range(0, len(mine), size))
 
+    def _rows(self, longest: int) -> int:
+        """Samples of one forward."""
+        return self.schedule.micro or max(1, (2048 if self.view.device.type == "cpu" else 8192) // longest)
 
-class _Loss(nn.Module):
-    """What is lowered, in nats, summed over the counted tokens of a batch."""
 
-    def __init__(self, model: nn.Module, dense: nn.Module | None, distill: float) -> None:
-        super().__init__()
-        if distill > 0 and dense is None:
-            raise UsageError("Distillation needs the dense model", fix="dense=<a copy of it>")
-        self.model, self.distill = model, distill
-        self.dense = (dense,)  # in a tuple: no part of what is trained or synchronised
-        self.plain = True
-
-    def find_head(self, batch: Batch) -> None:
-        """See whether the head alone makes the model's logits; in eval mode, where nothing is drawn."""
-        self.plain = head_is_plain(self.model, batch["input_ids"][:1, :8])
-
-    def forward(self, batch: Batch, counted: Bool[Tensor, "b seq"]) -> Float[Tensor, ""]:
-        labels, dense = batch["input_ids"][:, 1:][counted[:, 1:]], self.dense[0] if self.distill else None
-        mine = self._states(self.model, batch, counted)
-        with torch.no_grad():
-            theirs = mine.detach() if dense is None else self._states(dense, batch, counted)
-        sums = [
-            checkpoint(self._of_slice, *part, use_reentrant=False)
-            for part in zip(mine.split(SLICE), theirs.split(SLICE), labels.split(SLICE), strict=True)
-        ]
-        return torch.stack(sums).sum() if sums else mine.sum() * 0.0
-
-    def _states(self, model: nn.Module, batch: Batch, counted: Bool[Tensor, "b seq"]) -> Float[Tensor, "tok dim"]:
-        """Last hidden states that predict a counted token; logits, where the head alone does not make these."""
-        if self.plain:
-            states = model.base_model(**batch).last_hidden_state  # type: ignore[operator]
-        else:
-            states = model(**batch).logits
-        chosen: Tensor = states[:, :-1][counted[:, 1:]]
-        return chosen
-
-    def _of_slice(self, mine: Tensor, theirs: Tensor, labels: Tensor) -> Float[Tensor, ""]:
-        logits = self._logits(self.model, mine)
-        loss = F.cross_entropy(logits, labels, reduction="sum") * (1 - self.distill)
-        if self.distill and (dense := self.dense[0]) is not None:
-            with torch.no_grad():
-                wanted = self._logits(dense, theirs).log_softmax(dim=-1)
-            loss = loss + self.distill * F.kl_div(logits.log_softmax(dim=-1), wanted, log_target=True, reduction="sum")
-        return loss
-
-    def _logits(self, model: nn.Module, states: Tensor) -> Float[Tensor, "tok vocab"]:
-        return (head_logits(model, states) if self.plain else states).float()
+def replays(view: BlockView) -> bool:
+    """Whether passes through this model may be captured: it is on one GPU, and recomputes nothing."""
+    devices = {parameter.device for parameter in view.model.parameters()}
+    return view.device.type == "cuda" and len(devices) == 1 and view.table.numel <= LARGE
 
 
 @contextmanager

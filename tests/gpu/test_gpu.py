@@ -6,12 +6,17 @@ from accelerate import dispatch_model
 from families import FAMILIES
 
 import sparsify
+from sparsify.data.examples import Examples
+from sparsify.methods.tuning import _in_single
 from sparsify.model.blocks import BlockView
 from sparsify.model.statistics import GRAM, NORM
 from sparsify.model.walk import Walk
 from sparsify.pruners.sparsegpt import _captured_walk, eliminate, eliminate_replayed, inverse_factor
-from sparsify.recovery import lowrank
+from sparsify.recovery import lowrank, passes, training
 from sparsify.recovery.adapters import Adapters
+from sparsify.recovery.schedule import Schedule
+from sparsify.recovery.teacher import dense_copy
+from sparsify.recovery.training import Trainer
 from sparsify.types import Target
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -118,3 +123,49 @@ def test_adapters_merge_and_unmerge_to_the_bit(family):
         assert all(torch.equal(x.weight == 0, w == 0) for x, w in zip(view.layers, before, strict=True))
         adapters.unmerge()
         assert all(torch.equal(x.weight, w) for x, w in zip(view.layers, before, strict=True))
+
+
+class Trained:
+    """Adapters and all weights of one model, trained with and without captured passes."""
+
+    text = Examples(tuple(torch.arange(3, 3 + n) for n in (9, 30, 17, 32, 12, 25, 20, 31)), (1,) * 8)
+
+    def adapters(self, model):
+        view = BlockView(model)
+        with Adapters(view, 2, 4) as adapters:
+            trainer = Trainer(view, adapters.parameters(), Schedule(batch=2, dropout=0.0, rate=1e-2, epochs=4), 16)
+            losses = trainer.run(self.text, 0)
+            adapters.merge()
+            adapters.unmerge()
+            adapters.set_ranks(3)  # what was captured goes on
+            trainer.restart(16)
+            losses += trainer.run(self.text, 1)
+            return losses, trainer
+
+    def weights(self, model):
+        view = BlockView(model)
+        teacher = dense_copy(view, {layer.spec.name: layer.weight * 1.5 for layer in view.layers})
+        with _in_single(view) as parameters:
+            schedule = Schedule(batch=2, distill=1.0, rate=1e-3, epochs=4)
+            trainer = Trainer(view, parameters, schedule, 16, dense=teacher)
+            return trainer.run(self.text, 0), trainer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("what", ["adapters", "weights"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_by_replayed_passes_is_training(family, what, dtype, monkeypatch):
+    runs = []
+    monkeypatch.setattr(passes, "SHORTEST", 8)  # samples of several sizes
+    for allowed in (True, False):
+        with monkeypatch.context() as patch:
+            if not allowed:
+                patch.setattr(training, "replays", lambda view: False)
+            losses, trainer = getattr(Trained(), what)(FAMILIES[family].build(getattr(torch, dtype)).cuda())
+        runs.append(losses)
+        assert (trainer.passes is not None) == allowed
+        if allowed:
+            assert all(replay is not None for replay in trainer.passes._replays.values())
+    assert len(runs[0]) == len(runs[1])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-3 if dtype == "float32" else 0.03)
+    assert min(runs[0][-4:]) < runs[0][0]

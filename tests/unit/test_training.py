@@ -4,11 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparsify.data.examples import as_examples
+from sparsify.data.examples import Examples, as_examples
 from sparsify.data.inputs import as_inputs
 from sparsify.errors import NumericsError, UsageError
+from sparsify.methods.tuning import _in_single
 from sparsify.model.blocks import BlockView
 from sparsify.recovery.adapters import Adapters
+from sparsify.recovery.loss import TrainingLoss
+from sparsify.recovery.passes import padded
 from sparsify.recovery.schedule import Schedule
 from sparsify.recovery.teacher import dense_copy
 from sparsify.recovery.training import Trainer
@@ -132,3 +135,32 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_says_where(view, text)
             trainer.run(text, 0)
         assert trainer.step == 1
         assert not any(parameter.isnan().any() for parameter in parameters[1:])
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.5])
+def test_padding_and_logits_of_every_position_change_no_gradient(make_model, tokens, distill):
+    """What a GPU replays: padded samples, and the loss of all positions with those that do not count dropped."""
+    view, found = BlockView(make_model()), []
+    text = Examples(tuple(row[: 5 + i] for i, row in enumerate(tokens[:3])), (1, 2, 1))
+    teacher = dense_copy(view, {layer.spec.name: layer.weight * 2 for layer in view.layers})
+    loss = TrainingLoss(view.model, teacher, distill)
+    where = slice(0, 3)
+    ids, counted = padded(text, 4, 16)
+    plain = text.batch(where, view.device), text.counted(where, view.device)
+    for batch, which, every in [(*plain, False), ({"input_ids": ids, "use_cache": False}, counted, True)]:
+        value = loss(batch, which, every=every)
+        view.model.zero_grad()
+        value.backward()
+        found.append([value.detach(), *(layer.stored.grad.clone() for layer in view.layers)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_weights_in_half_precision_are_trained_on_what_they_are(make_model, tokens):
+    """The products see every step: autocast would go on with the weights it cast first."""
+    view = BlockView(make_model().bfloat16())
+    text, schedule = as_examples(as_inputs(tokens[:2])), Schedule(**QUICK | {"epochs": 8})
+    with _in_single(view) as parameters:
+        losses = Trainer(view, parameters, schedule, 8).run(text, 0)
+    assert losses[-1] < losses[0] - 0.1
+    assert {parameter.dtype for parameter in view.model.parameters()} == {torch.bfloat16}
