@@ -25,6 +25,14 @@ class BlockView:
         model: any transformers model.
         part: `language`, `vision`, or the name of a module that holds the blocks; None for the decoder.
 
+    Attributes:
+        prefix: name of the list of blocks in the model.
+        blocks: in order.
+        layers: in the order of the modules.
+        skipped: what of the blocks is not pruned.
+        table: the layers as they are now.
+        numel: prunable weights when the view was made.
+
     Raises:
         UnsupportedModelError: no such list, an encoder, or weights that cannot be pruned as what they are (`prunable`).
         UsageError: no list of blocks in that part; the message names the parts there are.
@@ -39,17 +47,22 @@ class BlockView:
         self.model = model
         config = getattr(model, "config", None)
         refuse_encoder_decoder(getattr(config, "is_encoder_decoder", False), type(model).__name__)
-        prefix, blocks = _find_blocks(model, part)
+        self.prefix, blocks = find_blocks(model, part)
         self.blocks = list(blocks)
-        experts = num_experts(config)
-        found = [prunable(block, i, f"{prefix}.{i}", experts) for i, block in enumerate(self.blocks)]
-        self.layers = [layer for layers, _ in found for layer in layers]
-        self.skipped = [matrix for _, skipped in found for matrix in skipped]
+        self.refresh()
         if not self.layers:
             raise UnsupportedModelError("The model's blocks hold no Linear or Conv1D layer", got=type(model).__name__)
         _refuse_shared(self.layers)
+        self.numel = self.table.numel
         self.has_experts = any(layer.expert is not None for layer in self.layers)
         self.verified = False  # whether a walk has been held against the model's own forward
+
+    def refresh(self) -> None:
+        """Read the layers and their sizes from the blocks again, after rows or columns of them went or came back."""
+        experts = num_experts(getattr(self.model, "config", None))
+        found = [prunable(block, i, f"{self.prefix}.{i}", experts) for i, block in enumerate(self.blocks)]
+        self.layers = [layer for layers, _ in found for layer in layers]
+        self.skipped = [matrix for _, skipped in found for matrix in skipped]
         self.table = LayerTable(tuple(layer.spec for layer in self.layers))
 
     @property
@@ -68,6 +81,8 @@ class BlockView:
     def restore(self, dense: DenseModel) -> None:
         """Make the model what it was at the snapshot, whatever has been changed in it."""
         dense.restore()
+        if any(layer.weight.shape != (layer.spec.out_features, layer.spec.in_features) for layer in self.layers):
+            self.refresh()
 
     @contextmanager
     def replaced(self, block: int, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -83,9 +98,9 @@ class BlockView:
                 layer.write(weight)
 
     def sparsity(self) -> float:
-        """Counted zeros over all prunable weights."""
+        """Counted zeros, and weights that are gone, over the prunable weights there were when the view was made."""
         zeros = [(layer.weight == 0).sum() for layer in self.layers]
-        return sum(int(count) for count in zeros) / self.table.numel
+        return (self.numel - self.table.numel + sum(int(count) for count in zeros)) / self.numel
 
     def check_finite(self) -> None:
         """Refuse a model with NaN or infinite weights before any work is done on it.
@@ -150,7 +165,13 @@ def of_vision(name: str) -> bool:
     return any(word in name for word in VISION)
 
 
-def _find_blocks(model: nn.Module, part: str | None) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: nn.Module, part: str | None = None) -> tuple[str, nn.ModuleList]:
+    """The name of the list of blocks in the model, and the list.
+
+    Raises:
+        UnsupportedModelError: there is none.
+        UsageError: there is none in that part.
+    """
     declared = set(getattr(model, "_no_split_modules", None) or ())
     lists = {
         name: module

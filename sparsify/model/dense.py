@@ -13,11 +13,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 @dataclass(frozen=True)
 class _Module:
-    """A module's own attributes: its children, parameters and buffers by name, and what hangs on it."""
+    """A module's own attributes: its children, parameters and buffers by name, what hangs on it, its sizes."""
 
     module: nn.Module
     kind: type[nn.Module]
     contents: dict[str, dict[str, Any]]
+    plain: dict[str, Any]
     forward: Any
     training: bool
 
@@ -25,7 +26,8 @@ class _Module:
     def of(cls, module: nn.Module) -> "_Module":
         names = ("_modules", "_parameters", "_buffers", *HOOKS)
         contents = {name: dict(getattr(module, name)) for name in names}
-        return cls(module, type(module), contents, module.__dict__.get("forward"), module.training)
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str | None)}
+        return cls(module, type(module), contents, plain, module.__dict__.get("forward"), module.training)
 
     def restore(self) -> None:
         self.module.__class__ = self.kind  # a parametrisation is a class of its own
@@ -33,10 +35,23 @@ class _Module:
             now = getattr(self.module, name)
             now.clear()
             now.update(items)
+        vars(self.module).update(self.plain)
         self.module.__dict__.pop("forward", None)
         if self.forward is not None:
             self.module.forward = self.forward
         self.module.training = self.training
+
+
+@dataclass(frozen=True)
+class _Config:
+    """A configuration that modules hold, and what it said."""
+
+    config: Any
+    contents: dict[str, Any]
+
+    def restore(self) -> None:
+        vars(self.config).clear()
+        vars(self.config).update(self.contents)
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,8 @@ class DenseModel(Mapping[str, Tensor]):
         self.model = model
         self._layers = layers
         self._modules = [_Module.of(module) for module in model.modules()]
+        held = [config for m in model.modules() if hasattr(config := vars(m).get("config"), "__dict__")]
+        self._configs = [_Config(x, dict(vars(x))) for x in {id(config): config for config in held}.values()]
         named = [*model.named_parameters(), *model.named_buffers()]  # tied ones once
         self._tensors = {name: _Tensor.of(tensor) for name, tensor in named}
 
@@ -88,9 +105,11 @@ class DenseModel(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undo everything: values, replaced or added modules and parameters, hooks, flags. Nothing is loaded again."""
+        """Undo everything: values, replaced or added modules and parameters, sizes, hooks, flags. Nothing is loaded."""
         for module in self._modules:
             module.restore()
+        for config in self._configs:
+            config.restore()
         for tensor in self._tensors.values():
             tensor.restore()
 
