@@ -6,23 +6,34 @@ All matrices' gradients at once are as large as the model. In the backward pass 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparsify.data.inputs import Inputs
+from sparsify.data.inputs import Inputs, batches
 from sparsify.errors import NumericsError
 from sparsify.model.blocks import BlockView
-from sparsify.model.objective import Objective
+from sparsify.model.objective import Loss, Objective
 from sparsify.model.prunable import Layer
 from sparsify.model.statistics import Accumulator, LayerStats, Needs, Statistic
 from sparsify.progress import Progress, silent
 
 Fold = Callable[[Layer, Float[Tensor, "out inp"]], None]
 """Takes a layer and its gradient, which is gone afterwards."""
+
+
+@runtime_checkable
+class Sums(Protocol):
+    """What is kept of the gradients by one matrix."""
+
+    def fold(self, x: Float[Tensor, "out inp"], samples: int, /) -> None:
+        """Take in the gradient of the mean loss of some samples, in single precision."""
+
+
+S = TypeVar("S", bound=Sums)
 
 LARGE = 1_000_000_000
 """Prunable weights beyond which activations are computed again in the backward pass instead of being kept."""
@@ -87,12 +98,41 @@ def gradient_statistics(
     Raises:
         NumericsError: a gradient is not finite at any loss scale; the message names its layer.
     """
+    sums = fold_gradients(view, inputs, lambda _: Accumulator(needs | {REACHED}), objective, progress=progress)
+    return {x.spec.name: _finalised(x, sums.pop(x.spec.name), len(inputs)) for x in view.layers}
+
+
+def fold_gradients(
+    view: BlockView,
+    inputs: Inputs,
+    start: Callable[[Layer], S],
+    objective: Objective,
+    *,
+    batch_size: int = 1,
+    progress: Progress = silent,
+) -> dict[str, S]:
+    """Fold the gradients of the model as it stands, a backward pass for every batch; by layer name.
+
+    What is folded is the gradient of a batch's mean loss, with the number of its samples. In fp16 the loss is scaled as
+    in `gradient_statistics`.
+
+    Args:
+        view: the model.
+        inputs: the samples.
+        start: makes empty sums for a layer; asked again where a loss scale was too large.
+        objective: the loss.
+        batch_size: samples in a backward pass.
+        progress: told after each batch.
+
+    Raises:
+        NumericsError: a gradient is not finite at any loss scale; the message names its layer.
+    """
     half = any(layer.stored.dtype == torch.float16 for layer in view.layers)
     for scale in SCALES if half else (1.0,):
-        sums = {layer.spec.name: Accumulator(needs | {REACHED}) for layer in view.layers}
-        broken = _fold_samples(view, inputs, objective, sums, scale, progress)
+        sums = {layer.spec.name: start(layer) for layer in view.layers}
+        broken = _fold_batches(view, inputs, objective, sums, scale, batch_size, progress)
         if broken is None:
-            return {x.spec.name: _finalised(x, sums.pop(x.spec.name), len(inputs)) for x in view.layers}
+            return sums
     raise NumericsError(
         f"The gradient of the loss by {broken} is not finite",
         got=f"{view.layers[0].weight.dtype}",
@@ -110,35 +150,43 @@ def _finalised(layer: Layer, sums: Accumulator, samples: int) -> LayerStats:
     return replace(stats, seen=layer.expert is None or bool(stats[REACHED]))
 
 
-def _fold_samples(
+def _fold_batches(
     view: BlockView,
     inputs: Inputs,
     objective: Objective,
-    sums: Mapping[str, Accumulator],
+    sums: Mapping[str, Sums],
     scale: float,
+    batch_size: int,
     progress: Progress,
 ) -> str | None:
-    """Fold one sample's gradients after the other's; the name of a layer whose gradient is not finite stops it."""
+    """Fold one batch's gradients after the other's; the name of a layer whose gradient is not finite stops it."""
     loss = objective.prepare(view.model, inputs)
-    for i in range(len(inputs)):
-        sample = inputs.take(slice(i, i + 1))
-        finite: dict[str, Tensor] = {}
-
-        def scaled(sample: Inputs = sample) -> Tensor:
-            batch = sample.batch(slice(0, 1), view.device)
-            return loss(view.model, batch) * (scale / objective.predictions(sample))
-
-        def fold(layer: Layer, gradient: Float[Tensor, "out inp"], finite: dict[str, Tensor] = finite) -> None:
-            plain = gradient.float() / scale
-            finite[layer.spec.name] = torch.isfinite(plain).all()
-            sums[layer.spec.name].fold(plain, 1)
-
-        layer_gradients(view, scaled, fold)
-        # The backward pass meets the last block first: what is wrong there has spoilt the others.
-        if broken := [name for name, good in finite.items() if not good]:
-            return broken[0]
-        progress("window", i + 1, len(inputs))
+    for where in batches(inputs, batch_size):
+        samples = inputs.take(where)
+        broken = _fold_batch(view, samples, loss, sums, scale, scale / objective.predictions(samples))
+        if broken is not None:
+            return broken
+        progress("window", where.stop, len(inputs))
     return None
+
+
+def _fold_batch(
+    view: BlockView, samples: Inputs, loss: Loss, sums: Mapping[str, Sums], scale: float, factor: float
+) -> str | None:
+    """Fold the gradients of one batch, whose summed loss times `factor` is its mean times `scale`."""
+    finite: dict[str, Tensor] = {}
+
+    def scaled() -> Tensor:
+        return loss(view.model, samples.batch(slice(0, len(samples)), view.device)) * factor
+
+    def fold(layer: Layer, gradient: Float[Tensor, "out inp"]) -> None:
+        plain = gradient.float() / scale
+        finite[layer.spec.name] = torch.isfinite(plain).all()
+        sums[layer.spec.name].fold(plain, len(samples))
+
+    layer_gradients(view, scaled, fold)
+    # The backward pass meets the last block first: what is wrong there has spoilt the others.
+    return next((name for name, good in finite.items() if not good), None)
 
 
 @contextmanager
