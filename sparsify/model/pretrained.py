@@ -16,6 +16,7 @@ from torch import nn
 from sparsify import paths
 from sparsify.errors import DataError, UnsupportedModelError
 from sparsify.model.blocks import refuse_encoder_decoder
+from sparsify.model.resized import opened
 
 WRAPPERS = ("_orig_mod.", "module.", "model.", "base_model.model.", "_forward_module.", "transformer.")
 """Prefixes that torch.compile, data parallelism and adapters leave in the names of a checkpoint."""
@@ -29,14 +30,14 @@ def pretrained(source: str, dtype: torch.dtype, device: str, revision: str | Non
         DataError: weights that are missing, left over or of another shape; files that are no weights.
         OSError, ValueError, ...: whatever transformers raises about files that it cannot read.
     """
-    from transformers import AutoModelForCausalLM
-
-    refuse_config(_read_config(source, revision))
+    tree = _read_config(source, revision)
+    refuse_config(tree)
     _refuse_pointers(Path(source))
     with quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = opened(
+            tree,
             source,
-            revision=revision,
+            revision,
             dtype=dtype,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # so that they are named here, not in a report on the screen
