@@ -30,10 +30,10 @@ class PruneResult:
     """What pruning did.
 
     Attributes:
-        sparsity: counted zeros over all prunable weights, after the last stage.
+        sparsity: counted zeros, and weights that are gone, over all prunable weights, after the last stage.
         plan: the targets and the ledger of the budget.
         layers: one result per layer, in the order of the forward pass.
-        masks: which weights are kept, by layer name.
+        masks: which weights are kept, by layer name; none of matrices that became smaller.
         notes: what the allocator, the method and the stages noted.
         skipped: matrices of the blocks that are not pruned, and why.
     """
@@ -86,7 +86,8 @@ class Recipe:
         """A recipe with pattern and sparsity made to agree.
 
         Raises:
-            UsageError: sparsity outside [0, 1), or not the one that the N:M pattern implies.
+            UsageError: sparsity outside [0, 1), not the one that the N:M pattern implies, or choices that the method
+                does not go with.
         """
         kinds = {"pruner": (pruner, Pruner), "allocator": (allocator, Allocator), "method": (method, Method)}
         kinds |= {name: (stage, Stage) for name, stage in (stages or {}).items()}
@@ -100,6 +101,7 @@ class Recipe:
         budget = check_sparsity(sparsity)
         if parsed.sparsity is not None:
             _check_fixed(parsed, parsed.sparsity, budget, allocator)
+        method.check(parsed, allocator, stages or {})
         return cls(pruner, allocator, method, parsed, budget, objective or NextToken(), dict(stages or {}))
 
 

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparsify.allocators.base import Allocator
 from sparsify.methods.blockwise import LayerResult
 from sparsify.methods.job import Job
 from sparsify.model.blocks import BlockView
 from sparsify.model.masks import Masks
-from sparsify.types import SparsityPlan
+from sparsify.types import Pattern, SparsityPlan
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Method(ABC):
     """
 
     version: int
+
+    def check(self, pattern: Pattern, allocator: Allocator, stages: Mapping[str, "Stage"]) -> None:  # noqa: B027
+        """Refuse choices that do not go together, before a model is loaded."""
 
     def prepare(self, job: Job) -> None:  # noqa: B027
         """Refuse, before anything is done, what could not be done later."""

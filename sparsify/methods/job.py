@@ -1,5 +1,6 @@
 """What a method and a stage are given: the model, the choices, and tools to plan, prune and score with."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -92,7 +93,14 @@ class Job:
             )
         return self.inputs(chosen) if spec and self.inputs is not None else as_inputs(chosen)
 
-    def plan(self, sparsity: float, *, regime: Regime = "propagated", changed: bool = False) -> SparsityPlan:
+    def plan(
+        self,
+        sparsity: float,
+        *,
+        regime: Regime = "propagated",
+        changed: bool = False,
+        tried: Callable[[SparsityPlan], bool] | None = None,
+    ) -> SparsityPlan:
         """The allocator's plan for a sparsity; a loop may ask again and again.
 
         Args:
@@ -100,13 +108,18 @@ class Job:
             regime: how trials of a searching allocator prune.
             changed: whether the model is no longer the dense one: nothing that is remembered of that counts then, and
                 trials come back to the model as it is now.
+            tried: prunes the model by a plan on trial, another way than the pruner would; False for a plan that it
+                cannot follow.
         """
         snapshot = cache(self.view.snapshot) if changed or self.snapshot is None else self.snapshot
 
         def try_plan(plan: SparsityPlan) -> float:
             dense = snapshot()
             try:
-                self.prune(apply_pattern(plan, self.view.table, self.pattern), regime=regime)
+                if tried is None:
+                    self.prune(apply_pattern(plan, self.view.table, self.pattern), regime=regime)
+                elif not tried(plan):
+                    return math.inf
                 return self.score()
             finally:
                 self.view.restore(dense)
