@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsify.data.inputs import Inputs
-from sparsify.errors import NumericsError
+from sparsify.errors import NumericsError, UnsupportedModelError
 from sparsify.model.blocks import BlockView
 from sparsify.model.walk import Walk
 from sparsify.progress import Progress, silent
@@ -90,7 +90,9 @@ def error_growth(
 
     Raises:
         NumericsError: a hidden state is not finite; the message names the block.
+        UnsupportedModelError: matrices of the pruned model are smaller than the dense ones.
     """
+    _check_shapes(view, dense)
     true = Walk(view, inputs, batch_size)
     pruned = true.fork()
     rows = []
@@ -104,6 +106,17 @@ def error_growth(
         _check(rows[-1], block)
         progress("block", block + 1, len(view.blocks))
     return Growth(**{name: torch.stack([row[name] for row in rows]) for name in METRICS})
+
+
+def _check_shapes(view: BlockView, dense: Mapping[str, Tensor]) -> None:
+    for layer in view.layers:
+        if layer.weight.shape != dense[layer.spec.name].shape:
+            raise UnsupportedModelError(
+                "The error of a model that lost heads or channels is not followed: dense weights do not fit its blocks",
+                got=f"{layer.spec.name} of shape {tuple(layer.weight.shape)}, "
+                f"{tuple(dense[layer.spec.name].shape)} in the dense model",
+                fix="eval=perplexity",
+            )
 
 
 def _compare(true: Walk, pruned: Walk, mixed: Walk, before: tuple[Tensor, Tensor]) -> dict[str, Float[Tensor, " n"]]:

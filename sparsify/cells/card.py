@@ -20,8 +20,12 @@ def _lines(record: Record) -> Iterator[str]:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model.get("id", ""))):
         yield f"base_model: {model['id']}"
     yield from ("---", "", f"# {science['model']['name']}, {record.sparsity:.1%} sparse", "")
-    yield f"Pruned with {pruner} and the layer-wise allocation of {allocator} to {record.sparsity:.4%} zeros over the"
-    yield f"linear weights of its blocks{pattern}. Weights are stored dense, zeros included ({science['dtype']})."
+    if "heads" in record.notes:
+        yield from _smaller(record, allocator)
+    else:
+        yield f"Pruned with {pruner} and the layer-wise allocation of {allocator} to {record.sparsity:.4%} zeros"
+        yield f"over the linear weights of its blocks{pattern}. Weights are stored dense, zeros included"
+        yield f"({science['dtype']})."
     yield from ("", "| measured | value | protocol |", "|---|---:|---|")
     for name, item in record.evaluations.items():
         result = item.result
@@ -41,6 +45,16 @@ def _lines(record: Record) -> Iterator[str]:
         "`allocation.json` has the sparsity of every layer; `allocator=from_file` reads it. The licence is that of",
     )
     yield from ("the original model.", "")
+
+
+def _smaller(record: Record, allocator: str) -> Iterator[str]:
+    """What is left of a model that lost heads and channels."""
+    notes = record.notes
+    yield f"Heads and channels removed by group Taylor importance and the layer-wise allocation of {allocator}:"
+    yield f"{record.sparsity:.4%} of the linear weights of its blocks are gone, {notes['parameters_after']:,} of"
+    yield f"{notes['parameters_before']:,} parameters left ({record.science['dtype']})."
+    if "own_format" in notes:
+        yield f"Plain transformers does not open this folder ({notes['own_format']}): `sparsify.load` does."
 
 
 def _calibration(record: Record) -> str:

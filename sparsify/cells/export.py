@@ -1,6 +1,7 @@
-"""A kept model as a folder that plain transformers opens, with a card and the allocation."""
+"""A kept model as a folder that transformers opens (or `sparsify.load` alone), with a card and the allocation."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from sparsify.cells import card, kept
@@ -14,8 +15,25 @@ from sparsify.runs.records import Store
 ALLOCATION = "allocation.json"
 
 
-def export(store: Store, key: str, to: Path) -> BlockView:
-    """Write model, tokenizer, generation config, card and allocation; returns the model that was written.
+@dataclass(frozen=True)
+class Exported:
+    """A folder that was written.
+
+    Attributes:
+        sparsity: of the record.
+        weights: prunable ones of the dense model.
+        removed: those of them that are gone with heads and channels.
+        own_format: why plain transformers does not open it; None where it does.
+    """
+
+    sparsity: float
+    weights: int
+    removed: int
+    own_format: str | None
+
+
+def export(store: Store, key: str, to: Path) -> Exported:
+    """Write model, tokenizer, generation config, card and allocation.
 
     Raises:
         SparsifyError: there is no such cell, its model was not kept or is not the record's, or `to` is not empty.
@@ -44,7 +62,7 @@ def export(store: Store, key: str, to: Path) -> BlockView:
         loaded.tokenizer.save_pretrained(to)
     (to / ALLOCATION).write_text(json.dumps(allocation(record), indent=1) + "\n", encoding="utf8")
     (to / "README.md").write_text(card.text(record), encoding="utf8")
-    return view
+    return Exported(view.sparsity(), view.numel, view.numel - view.table.numel, record.notes.get("own_format"))
 
 
 def _record(store: Store, key: str) -> Record:

@@ -1,10 +1,12 @@
 """The model a cell leaves behind (`keep=true`): what pruning changed, with the masks, in one safetensors file.
 
-Tensors have their names of the model. A mask is `mask/<layer>`: one bit a weight, row by row, the first in the lowest
-bit of its byte.
+Tensors have their names of the model, and smaller shapes where heads or channels were removed. A mask is
+`mask/<layer>`: one bit a weight, row by row, the first in the lowest bit of its byte.
 """
 
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +19,12 @@ from sparsify.cells import recording
 from sparsify.cells.bench import Bench
 from sparsify.cells.cell import Cell
 from sparsify.cells.clock import Clock
-from sparsify.errors import RecordError, SparsifyError
+from sparsify.errors import RecordError, SparsifyError, UnsupportedModelError
 from sparsify.model.blocks import BlockView
 from sparsify.model.dense import DenseModel
 from sparsify.model.masks import Masks
+from sparsify.model.removal import shrink
+from sparsify.model.sizes import follow
 from sparsify.runs.content import sha256
 from sparsify.runs.record import Kept, Record
 
@@ -86,17 +90,26 @@ def load(folder: Path, kept: Kept, view: BlockView) -> Masks:
     Raises:
         RecordError: the file is not for this model.
     """
-    there = dict([*view.model.named_parameters(), *view.model.named_buffers()])
-    shapes = {layer.spec.name: layer.weight.shape for layer in view.layers}
     masks = Masks()
     with safe_open(folder / kept.file, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 (it is no dict)
+        names = list(file.keys())
+        _resize(view, {name: tuple(file.get_slice(name).get_shape()) for name in names if not name.startswith(MASK)})
+        there = dict([*view.model.named_parameters(), *view.model.named_buffers()])
+        shapes = {layer.spec.name: layer.weight.shape for layer in view.layers}
+        for name in names:
             if name.startswith(MASK):
                 layer = name.removeprefix(MASK)
                 masks.put(layer, file.get_tensor(name), shapes[layer])
             else:
                 _write(there, name, file.get_tensor(name), folder / kept.file)
     return masks
+
+
+def _resize(view: BlockView, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Remove heads and channels until the model has these sizes; what cannot be is refused when it is written."""
+    with suppress(UnsupportedModelError):
+        if shrink(view, shapes):
+            follow(view)
 
 
 def _write(there: dict[str, Tensor], name: str, tensor: Tensor, file: Path) -> None:

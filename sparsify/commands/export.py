@@ -43,9 +43,14 @@ def main(arguments: list[str]) -> int:
         options = parser().parse_args(arguments)
         from sparsify.cells.export import export
 
-        view = export(Store(options.results), options.key, options.to)
+        done = export(Store(options.results), options.key, options.to)
     except Exception as error:
         return cli.exit_code(error)
-    console.say(f"wrote {options.to}: {view.sparsity():.4f} of {view.table.numel:,} prunable weights are zero")
-    console.say(f'open it with AutoModelForCausalLM.from_pretrained("{options.to}")')
+    what = "removed" if done.removed else "zero"
+    console.say(f"wrote {options.to}: {done.sparsity:.4f} of {done.weights:,} prunable weights are {what}")
+    if done.own_format is None:
+        console.say(f'open it with AutoModelForCausalLM.from_pretrained("{options.to}")')
+    else:
+        console.say(f"plain transformers does not open it: {done.own_format}")
+        console.say(f'open it with sparsify.load("{options.to}")')
     return 0
