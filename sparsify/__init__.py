@@ -143,7 +143,7 @@ def prune(
         allocator: `uniform`, `atp`, `owl`, `alphapruning`, ...; same forms.
         sparsity: fraction of zeros over the blocks' linear weights, in [0, 1). May be left out for N:M.
         pattern: `unstructured`, `2:4` (keep 2 of every 4 inputs), `mixed:8` (each block its own N of 8).
-        method: `oneshot`, or `("oneshot", {"regime": "sequential"})`.
+        method: `oneshot`, or `("oneshot", {"regime": "sequential"})`; `losa`; `structured`: matrices become smaller.
         recovery: a stage that trains the pruned model; None for none.
         quantiser: a stage after it; None for none.
         heldout: token ids or inputs for allocators that search (`("atp", {"beta": "auto"})`).

@@ -30,7 +30,7 @@ class PruneResult:
     """What pruning did.
 
     Attributes:
-        sparsity: counted zeros, and weights that are gone, over all prunable weights, after the last stage.
+        sparsity: counted zeros, or weights that are gone, over all prunable weights, after the last stage.
         plan: the targets and the ledger of the budget.
         layers: one result per layer, in the order of the forward pass.
         masks: which weights are kept, by layer name; none of matrices that became smaller.

@@ -56,9 +56,9 @@ class Removal:
 def whole_units(removals: Sequence[Removal], *, alike: bool = False) -> list[tuple[int, int]]:
     """Heads and channels that every block loses, first block to last.
 
-    Heads are coarse: the nearest whole number to what the plan asks of them (fewer, of two as near). Channels make up
-    for it within the block, and are rounded down; those with the largest remainders are rounded up, later blocks first
-    among equals, until the total is within half a channel of what was asked for.
+    Heads are coarse, and what the plan asks of them is rounded down. Channels make up for it within the block, and are
+    rounded down too; those with the largest remainders are rounded up, later blocks first among equals, until the total
+    is within half a channel of what was asked for.
 
     Args:
         removals: what each block is to lose.
@@ -98,14 +98,14 @@ def _check(index: int, removal: Removal) -> None:
 
 
 def _heads(removal: Removal) -> int:
-    """The number nearest to the plan that the channels can make up for."""
-    wanted = removal.of_heads * removal.heads.count
+    """The number nearest to the plan's, rounded down, that the channels can make up for."""
+    wanted = math.floor(removal.of_heads * removal.heads.count + 1e-9)
 
     def beyond(lost: int) -> float:
         channels = (removal.weights - lost * removal.heads.size) / removal.channels.size
         return round(max(-channels, channels - (removal.channels.count - 1), 0.0), 6)
 
-    return min(range(removal.heads.count), key=lambda lost: (beyond(lost), round(abs(lost - wanted), 9)))
+    return min(range(removal.heads.count), key=lambda lost: (beyond(lost), abs(lost - wanted)))
 
 
 def _channels(removal: Removal, heads: int) -> float:

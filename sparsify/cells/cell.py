@@ -1,11 +1,13 @@
 """A cell before anything is loaded: its config checked, its parts made, its keys known."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsify.allocators.budget import check_one_kept
 from sparsify.data.windows import Windows
+from sparsify.errors import UsageError
 from sparsify.evaluation.base import Evaluator
 from sparsify.model.sources import ModelSource, parse_dtype, pick_device
 from sparsify.recipe import Recipe
@@ -69,6 +71,7 @@ class Cell:
         parse_dtype(config["dtype"])
         parts = {name: registry.make(config[name], name) for name in ("model", "calibration", "heldout", "test")}
         evaluators = {name: _evaluator(config, name, node) for name, node in identity.evaluations(config).items()}
+        _check_shapes(recipe, evaluators)
         key, evaluation_keys = identity.keys(config)
         return cls(
             config=config,
@@ -82,6 +85,18 @@ class Cell:
             evaluators=evaluators,
             tracker=registry.make(config["logger"], "logger"),
             store=Store(config["results"]),
+        )
+
+
+def _check_shapes(recipe: Recipe, evaluators: Mapping[str, Any]) -> None:
+    """Refuse to compare, matrix by matrix, with a dense model whose matrices are larger."""
+    comparing = [name for name, evaluator in evaluators.items() if getattr(evaluator, "reads_dense", False)]
+    if comparing and recipe.sparsity and not recipe.method.keeps_shapes:
+        raise UsageError(
+            f"eval.{comparing[0]} puts dense weights into the pruned model, whose matrices are smaller",
+            got=f"it, after {type(recipe.method).__name__}",
+            allowed="evaluations of the model alone",
+            fix="eval=perplexity",
         )
 
 

@@ -1,6 +1,7 @@
 """Error growth over depth as an evaluation: the curves of `sparsify.analysis.error_growth` on a choice of windows."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,9 +19,11 @@ class ErrorGrowth:
     Source: ATP (arXiv 2502.14770), Eq. 1 and Fig. 1; what each curve is stands in `analysis.error_growth.Growth`.
 
     Attributes:
+        reads_dense: puts dense weights into the pruned model's blocks, which have to be of their shapes.
         windows: which text.
     """
 
+    reads_dense: ClassVar[bool] = True
     windows: Windows
     version: int = 1
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from sparsify.allocators.base import Allocator
 from sparsify.methods.blockwise import LayerResult
@@ -35,9 +35,11 @@ class Method(ABC):
 
     Attributes:
         version: raised whenever a change moves its numbers; part of a run's identity.
+        keeps_shapes: False for one that makes matrices smaller.
     """
 
     version: int
+    keeps_shapes: ClassVar[bool] = True
 
     def check(self, pattern: Pattern, allocator: Allocator, stages: Mapping[str, "Stage"]) -> None:  # noqa: B027
         """Refuse choices that do not go together, before a model is loaded."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -44,9 +44,9 @@ class Structured(Method):
     takes it: sparsities by block for its pruning ratios.
 
     Deviations: the release prunes LLaMA-7B in blocks 4 to 29 alone: `spare_first=4`, `spare_last=2`, and then the other
-    blocks lose more, so that the whole model meets the budget; it rounds every matrix down and misses it. Its units
-    without importance by text (random, L1, L2), second-order terms and iterations are left out. Its calibration text is
-    10 samples of 64 tokens of BookCorpus; here it is the run's. The run's pruner prunes nothing: an allocator that
+    blocks lose more, so that the whole model meets the budget, which the release misses by rounding down. Its choices
+    without gradients (random, L1, L2), second-order terms and iterations are left out. Its calibration text is 10
+    samples of 64 tokens of BookCorpus; here it is the run's. The run's pruner prunes nothing: an allocator that
     searches on a proxy of it reads it, the others do not.
 
     Attributes:
@@ -57,6 +57,7 @@ class Structured(Method):
         alike: round each block by itself, so that blocks of one target stay alike.
     """
 
+    keeps_shapes: ClassVar[bool] = False
     order: Order = "element"
     reduction: Reduction = "sum"
     spare_first: int = 0
@@ -271,7 +272,7 @@ class _Run:
 
 def _row(spec: LayerSpec, target: Target, before: Float[Tensor, "..."], after: Float[Tensor, "..."]) -> LayerResult:
     """What a matrix lost: its weights that are gone count as zeros, and the error is that of the weights."""
-    zeros = spec.numel - int(torch.count_nonzero(after))
+    zeros = spec.numel - after.numel()
     kept, whole = (float(weight.float().square().sum(dtype=torch.float64)) for weight in (after, before))
     error = math.sqrt(max(1 - kept / whole, 0.0)) if whole else 0.0
     return LayerResult(

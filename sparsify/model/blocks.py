@@ -98,9 +98,15 @@ class BlockView:
                 layer.write(weight)
 
     def sparsity(self) -> float:
-        """Counted zeros, and weights that are gone, over the prunable weights there were when the view was made."""
+        """Counted zeros over all prunable weights.
+
+        Of a model that lost heads or channels, the share of its weights that are gone: what is left of it is dense, and
+        a zero there is one of the model's own.
+        """
+        if self.table.numel < self.numel:
+            return (self.numel - self.table.numel) / self.numel
         zeros = [(layer.weight == 0).sum() for layer in self.layers]
-        return (self.numel - self.table.numel + sum(int(count) for count in zeros)) / self.numel
+        return sum(int(count) for count in zeros) / self.numel
 
     def check_finite(self) -> None:
         """Refuse a model with NaN or infinite weights before any work is done on it.

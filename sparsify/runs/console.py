@@ -262,7 +262,8 @@ def _next_steps(record: Record, path: Path) -> None:
     say(f"record: {path}")
     say("next:")
     if record.kept:
-        say(f"  python -m sparsify.export {record.key} --to pruned        a folder that plain transformers opens")
+        opens = "sparsify.load" if "own_format" in record.notes else "plain transformers"
+        say(f"  python -m sparsify.export {record.key} --to pruned        a folder that {opens} opens")
     say("  python -m sparsify allocator=atp sparsity=0.7             search beta on held-out text, then prune")
     say("  python -m sparsify -m allocator=uniform,owl sparsity=0.6  a sweep; finished cells are skipped")
     say("  make table1                                               ATP's beta search as a table and figures")

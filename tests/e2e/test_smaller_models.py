@@ -90,6 +90,12 @@ def test_a_kept_model_is_measured_again_without_pruning(run, overrides, monkeypa
     assert second["sparsity"] == first["sparsity"]
 
 
+def test_a_smaller_model_is_measured_as_it_stands(go, records):
+    outcome = go("method=structured", "allocator=atp", "allocator.beta=0.1", "eval=absorption")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert next(iter(records().values()))["evaluations"]
+
+
 def test_cells_of_a_sweep_find_the_dense_model_again(go, results):
     run = go("method=structured,oneshot", "sparsity=0.3,0.5", sweep=True)
     assert (run.code, run.err) == (0, "")
@@ -120,6 +126,7 @@ def test_the_library_call_gives_the_model_of_a_cell(run, results, inputs):
         (("pattern=2:4",), ("whole heads and channels", "pattern=2:4", "Fix: method=oneshot")),
         (("method.spare_first=1", "allocator=owl"), ("spare_first=1", "allocator=uniform")),
         (("sparsity=0.99",), ("One head and one channel stay", "sparsity=0.99", "at most 0.")),
+        (("eval=error_growth",), ("eval.error_growth puts dense weights", "Structured", "Fix: eval=perplexity")),
         (("method.order=elements",), ("method.order", "Fix: method.order=element")),
     ],
 )

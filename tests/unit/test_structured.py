@@ -102,6 +102,15 @@ def test_the_notes_have_units_by_block_and_parameters_before_and_after(make_mode
     assert config.head_dim == 8
 
 
+def test_zeros_that_a_model_had_before_are_not_counted_as_removed(make_model):
+    model = make_model()
+    for block in model.model.layers:
+        block.mlp.up_proj.weight.data[::2, ::2] = 0
+    result = prune(model, 0.5)
+    assert result.sparsity == 0.5
+    assert sum(row.zeros for row in result.layers) == BlockView(make_model()).numel / 2
+
+
 def test_blocks_that_differ_say_so_and_keep_the_sizes_of_the_dense_model_in_the_config(make_model):
     model = make_model()
     notes = prune(model, 0.5, allocator=("atp", {"beta": 0.2})).notes

@@ -56,11 +56,12 @@ def test_alike_blocks_stay_alike_if_that_is_asked_for(blocks, heads, of_heads, o
     assert abs(missing) <= len(removals) * 3 / 2 + 1e-6
 
 
-def test_heads_are_rounded_to_the_nearest_and_channels_make_up_for_it():
-    # SmolLM2-135M at half: 1.5 of 3 heads, of two numbers as near the fewer; the channels take what that leaves.
+def test_heads_are_rounded_down_and_channels_make_up_for_it():
+    # SmolLM2-135M at half: 1.5 of 3 heads, and the channels take what one head leaves.
     smol = Removal(Units(3, 294_912), Units(1536, 1728), 0.5, 0.5)
     assert whole_units([smol] * 30) == [(1, 853)] * 20 + [(1, 854)] * 10
     assert whole_units([smol] * 30, alike=True) == [(1, 853)] * 30
+    assert whole_units([Removal(smol.heads, smol.channels, 0.3, 0.3)]) == [(0, 614)]
     assert smol.weights == pytest.approx(294_912 + 1728 * (853 + 1 / 3))
 
 
