@@ -138,8 +138,8 @@ def prune(
     Args:
         model: any transformers decoder whose blocks hold `Linear` or `Conv1D` layers.
         tokens: calibration token ids, LongTensor [n, seqlen] (128 x 2048 in the papers); or other `Inputs`.
-        pruner: `magnitude`, `wanda`, `ria`, `sparsegpt`, `alps`, `admm`, `gblm`, `pruner_zero`, `dsnot`; or
-            `(name, {parameter: value})`; or an object.
+        pruner: `magnitude`, `wanda`, `ria`, `sparsegpt`, `alps`, `admm`, `least_squares`, `gblm`,
+            `pruner_zero`, `dsnot`; or `(name, {parameter: value})`; or an object.
         allocator: `uniform`, `atp`, `owl`, `alphapruning`, ...; same forms.
         sparsity: fraction of zeros over the blocks' linear weights, in [0, 1). May be left out for N:M.
         pattern: `unstructured`, `2:4` (keep 2 of every 4 inputs), `mixed:8` (each block its own N of 8).

@@ -16,7 +16,7 @@ from sparsify.types import LayerSpec, Target
 
 PRUNERS = registry.names("pruner")
 # Masks that are found anew for every sparsity, or edited after a ranking: what goes at half may stay at three quarters.
-ANEW = {"alps", "admm", "dsnot"}
+ANEW = {"alps", "admm", "dsnot", "least_squares"}
 
 
 def stats_of(x, needs, weight=None):

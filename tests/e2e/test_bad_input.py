@@ -91,7 +91,7 @@ USAGE = {
         ["pruner=wnada"],
         [
             "Got: wnada.",
-            "Allowed: admm, alps, dsnot, gblm, magnitude, pruner_zero, ria, sparsegpt, wanda.",
+            "Allowed: admm, alps, dsnot, gblm, least_squares, magnitude, pruner_zero, ria, sparsegpt, wanda.",
             "Fix: pruner=wanda.",
         ],
     ),
