@@ -4,29 +4,26 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsify.data.inputs import Inputs
-from sparsify.errors import NumericsError, SparsifyError, UsageError
+from sparsify.errors import NumericsError, SparsifyError
+from sparsify.methods.observing import Regime, check_regime, observed
 from sparsify.model.blocks import BlockView
 from sparsify.model.gradients import gradient_statistics
 from sparsify.model.masks import Masks
 from sparsify.model.objective import NextToken, Objective
 from sparsify.model.prunable import Layer
-from sparsify.model.statistics import GRAM, NORM, LayerStats, Needs, full_precision, reading
-from sparsify.model.walk import Walk
+from sparsify.model.statistics import GRAM, NORM, LayerStats, full_precision, reading
 from sparsify.progress import Progress, silent
 from sparsify.pruners.base import Pruner
 from sparsify.pruners.magnitude import Magnitude
 from sparsify.pruners.masks import SLAB
 from sparsify.types import SparsityPlan, Target
-
-Regime = Literal["propagated", "sequential", "dense"]
-REGIMES = ("propagated", "sequential", "dense")
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,7 @@ class BlockwisePruning:
     objective: Objective = field(default_factory=NextToken)
 
     def __post_init__(self) -> None:
-        if self.regime not in REGIMES:
-            raise UsageError("Unknown regime", got=self.regime, allowed=", ".join(REGIMES))
+        check_regime(self.regime)
 
     @torch.no_grad()
     def apply(
@@ -105,38 +101,18 @@ class BlockwisePruning:
         self, view: BlockView, inputs: Any, plan: SparsityPlan, masks: Masks | None, progress: Progress
     ) -> list[LayerResult]:
         rows: list[LayerResult] = []
-        needs, total = reading(self.pruner.needs, "input", "pair"), len(view.blocks)
+        needs = reading(self.pruner.needs, "input", "pair")
         last = max((x.spec.block for x in view.layers if plan.targets[x.spec.name].sparsity > 0), default=-1)
         gradients = self._gradients(view, inputs) if last >= 0 else {}
-        walk = Walk(view, inputs, self.batch_size, needs=needs) if needs and last >= 0 else None
-        for block in range(total):
-            for layer, stats in self._observed(walk if block <= last else None, view, block, needs):
-                known = stats.joined(gradients.get(layer.spec.name))
-                rows.append(prune_layer(layer, known, self.pruner, plan.targets[layer.spec.name], masks))
-            if walk is not None and block < last and self.regime != "dense":
-                walk.advance(block)
-            progress("block", block + 1, total)
+        for layer, stats in observed(view, inputs, needs, self.regime, self.batch_size, last, progress):
+            known = stats.joined(gradients.get(layer.spec.name))
+            rows.append(prune_layer(layer, known, self.pruner, plan.targets[layer.spec.name], masks))
         return rows
 
     def _gradients(self, view: BlockView, inputs: Any) -> dict[str, LayerStats]:
         """Statistics of the dense model's gradients, where the pruner reads any."""
         needs = reading(self.pruner.needs, "gradient")
         return gradient_statistics(view, inputs, needs, self.objective) if needs else {}
-
-    def _observed(
-        self, walk: Walk | None, view: BlockView, block: int, needs: Needs
-    ) -> Iterator[tuple[Layer, LayerStats]]:
-        """Each layer of the block with its statistics, taken as the regime says."""
-        layers = {layer.spec.name: layer for layer in view.layers_of(block)}
-        if walk is None:
-            yield from ((layer, LayerStats(0)) for layer in layers.values())
-        elif self.regime == "sequential":
-            for group in walk.shared_inputs(block):
-                stats = walk.observe(block, needs, only=group)
-                yield from ((layers[name], stats[name]) for name in layers if name in group)
-        else:
-            stats = walk.observe(block, needs, advance=self.regime == "dense")
-            yield from ((layers[name], stats[name]) for name in layers)
 
 
 def prune_layer(
@@ -151,7 +127,7 @@ def prune_layer(
     spec, before = layer.spec, layer.weight
     error, notes, seconds = 0.0, {}, 0.0
     if target.sparsity > 0:
-        with _named(spec.name):
+        with named(spec.name):
             pruned = (pruner if stats.seen else Magnitude()).prune(before, stats, target)
         if not torch.isfinite(pruned.weight).all():
             raise NumericsError(f"Pruning {spec.name} gave non-finite weights", fix="dtype=float32")
@@ -176,7 +152,8 @@ def prune_layer(
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def named(name: str) -> Iterator[None]:
+    """Put the layer's name in front of whatever is refused inside."""
     try:
         yield
     except SparsifyError as error:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -12,8 +12,9 @@ from sparsify.allocators.context import Context
 from sparsify.data.examples import Examples, as_examples
 from sparsify.data.inputs import Inputs, as_inputs
 from sparsify.errors import UsageError
-from sparsify.methods.blockwise import BlockwisePruning, LayerResult, Regime
+from sparsify.methods.blockwise import BlockwisePruning, LayerResult
 from sparsify.methods.checkpoint import Checkpoint
+from sparsify.methods.observing import Regime
 from sparsify.model.blocks import BlockView
 from sparsify.model.dense import DenseModel
 from sparsify.model.masks import Masks
@@ -44,6 +45,7 @@ class Job:
         checkpoint: keeps what a long method must not lose; of the cell's folder, or nowhere.
         training: what methods and stages train on that name no text of their own.
         inputs: makes what a spec of text names; None where there is no tokenizer.
+        prepared: what methods and stages found out about the dense model in `prepare`, by their `id`.
     """
 
     view: BlockView
@@ -62,6 +64,7 @@ class Job:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     training: Inputs | None = None
     inputs: Callable[[Any], Inputs] | None = None
+    prepared: dict[int, Any] = field(default_factory=dict)
     _examples: dict[int, Examples] = field(default_factory=dict, init=False)
 
     def dense(self) -> DenseModel:
@@ -111,20 +114,37 @@ class Job:
             tried: prunes the model by a plan on trial, another way than the pruner would; False for a plan that it
                 cannot follow.
         """
+
+        def prune(plan: SparsityPlan) -> bool:
+            self.prune(apply_pattern(plan, self.view.table, self.pattern), regime=regime)
+            return True
+
+        context = self._context(tried or prune, changed, self.checkpoint.of("allocator"))
+        return allocate(self.allocator, self.view.table, sparsity, context, self.pattern)
+
+    def share(self, allocator: Allocator, sparsity: float, change: Callable[[SparsityPlan], bool]) -> SparsityPlan:
+        """The plan of an allocator that shares out something else than zeros; the model is dense, and so afterwards.
+
+        Args:
+            allocator: any rule.
+            sparsity: the budget it is asked for.
+            change: what a plan that a search tries does to the model; False for one that cannot be followed.
+        """
+        context = self._context(change, False, self.checkpoint.of("share"))
+        return allocate(allocator, self.view.table, sparsity, replace(context, pattern=Pattern()))
+
+    def _context(self, change: Callable[[SparsityPlan], bool], changed: bool, checkpoint: Checkpoint) -> Context:
+        """What an allocator may ask; its trials change the model and bring it back."""
         snapshot = cache(self.view.snapshot) if changed or self.snapshot is None else self.snapshot
 
         def try_plan(plan: SparsityPlan) -> float:
             dense = snapshot()
             try:
-                if tried is None:
-                    self.prune(apply_pattern(plan, self.view.table, self.pattern), regime=regime)
-                elif not tried(plan):
-                    return math.inf
-                return self.score()
+                return self.score() if change(plan) else math.inf
             finally:
                 self.view.restore(dense)
 
-        context = Context(
+        return Context(
             view=self.view,
             calibration=self.calibration,
             heldout=self.heldout,
@@ -137,9 +157,8 @@ class Job:
             pattern=self.pattern,
             seed=self.seed,
             progress=self.progress,
-            checkpoint=None if changed else self.checkpoint.of("allocator"),
+            checkpoint=None if changed else checkpoint,
         )
-        return allocate(self.allocator, self.view.table, sparsity, context, self.pattern)
 
     def prune(
         self, plan: SparsityPlan, *, regime: Regime = "propagated", masks: Masks | None = None

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from sparsify.errors import UsageError
 from sparsify.methods.base import Method, MethodResult
-from sparsify.methods.blockwise import REGIMES, Regime
 from sparsify.methods.job import Job
+from sparsify.methods.observing import Regime, check_regime
 from sparsify.model.blocks import BlockView
 from sparsify.model.masks import Masks
 
@@ -16,15 +15,14 @@ class OneShot(Method):
 
     Attributes:
         regime: where a layer's statistics come from: `propagated` (the papers), `sequential` or `dense`; what they
-            mean stands in `methods.blockwise.BlockwisePruning`.
+            mean stands in `methods.observing.observed`.
     """
 
     regime: Regime = "propagated"
     version: int = 1
 
     def __post_init__(self) -> None:
-        if self.regime not in REGIMES:
-            raise UsageError("Unknown regime", got=self.regime, allowed=", ".join(REGIMES))
+        check_regime(self.regime)
 
     def apply(self, view: BlockView, job: Job) -> MethodResult:
         plan, masks = job.plan(job.sparsity, regime=self.regime), Masks()
