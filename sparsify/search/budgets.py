@@ -52,7 +52,7 @@ class Budget:
         rooms: Counter[int] = Counter()
         for size, a, b in zip(small, low, high, strict=True):
             rooms[size] += b - a
-        return cls(small, tuple(low), tuple(high), least + _nearest_bit(_sums(rooms), wanted - least))
+        return cls(small, tuple(low), tuple(high), least + nearest_bit(_sums(rooms), wanted - least))
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -150,7 +150,7 @@ def _has(bits: int, place: int) -> bool:
     return place >= 0 and bool(bits >> place & 1)
 
 
-def _nearest_bit(bits: int, wanted: Fraction) -> int:
+def nearest_bit(bits: int, wanted: Fraction) -> int:
     """The place nearest to `wanted` at which a bit is set, the lower of two as near."""
     start = math.floor(wanted)
     lower = bits & ((1 << (start + 1)) - 1)
