@@ -1,0 +1,1 @@
+"""Weights on grids of few levels, zeros in place: grids, rounding to nearest, GPTQ, and what that saves."""
