@@ -143,9 +143,10 @@ def prune(
         allocator: `uniform`, `atp`, `owl`, `alphapruning`, ...; same forms.
         sparsity: fraction of zeros over the blocks' linear weights, in [0, 1). May be left out for N:M.
         pattern: `unstructured`, `2:4` (keep 2 of every 4 inputs), `mixed:8` (each block its own N of 8).
-        method: `oneshot`, or `("oneshot", {"regime": "sequential"})`; `losa`; `structured`: matrices become smaller.
+        method: `oneshot`, or `("oneshot", {"regime": "sequential"})`; `losa`; `structured`: matrices become smaller;
+            `joint`: prune and quantise in one solve.
         recovery: a stage that trains the pruned model; None for none.
-        quantiser: a stage after it; None for none.
+        quantiser: a stage after it, `rtn`, `gptq` or `("gptq", {"bits": 3, "group": 64})`; None for none.
         heldout: token ids or inputs for allocators that search (`("atp", {"beta": "auto"})`).
         training: token ids or inputs for what trains: `method="losa"`, `recovery="masked_lora"`.
         objective: the loss that searches and gradients mean.
@@ -155,8 +156,9 @@ def prune(
 
     Returns:
         Achieved sparsity, the plan with its budget ledger, one row per layer (block, name, target, achieved, zeros,
-        numel, error, seconds), the masks, and what of the blocks was not pruned. Dtype, device and mode of the model
-        stay as they were; a call that raises leaves the model as it was (a copy on the host is kept until then).
+        numel, error, seconds), the masks, the grids of a quantised model, and what of the blocks was not pruned. Dtype,
+        device and mode of the model stay as they were; a call that raises leaves the model as it was (until then a copy
+        is kept on the host).
 
     Raises:
         UsageError: a value out of range, an unknown name, a pattern that does not fit.

@@ -22,6 +22,7 @@ from sparsify.model.masks import Masks
 from sparsify.model.objective import NextToken, Objective
 from sparsify.progress import Progress, silent
 from sparsify.pruners.base import Pruner
+from sparsify.quantisation.grid import Grid, check_on_grids
 from sparsify.types import Pattern, Skipped, SparsityPlan, check_sparsity
 
 
@@ -36,6 +37,7 @@ class PruneResult:
         masks: which weights are kept, by layer name; none of matrices that became smaller.
         notes: what the allocator, the method and the stages noted.
         skipped: matrices of the blocks that are not pruned, and why.
+        grids: levels of every layer's weights, by name, where they were quantised.
     """
 
     sparsity: float
@@ -44,6 +46,7 @@ class PruneResult:
     masks: Masks
     notes: Mapping[str, Any] = field(default_factory=dict)
     skipped: tuple[Skipped, ...] = ()
+    grids: Mapping[str, Grid] = field(default_factory=dict)
 
     def to_rows(self) -> list[dict[str, Any]]:
         return [layer.to_row() for layer in self.layers]
@@ -93,6 +96,7 @@ class Recipe:
         kinds |= {name: (stage, Stage) for name, stage in (stages or {}).items()}
         for name, (component, kind) in (kinds | {"objective": (objective or NextToken(), Objective)}).items():
             _check_kind(name, component, kind)
+        _check_last(method, list(stages or {}))
         parsed = Pattern.parse(pattern)
         if sparsity is None:
             sparsity = parsed.sparsity
@@ -109,6 +113,15 @@ def _check_kind(name: str, component: Any, kind: type[Any]) -> None:
     if not isinstance(component, kind):
         what = f"This is no {name}: it has not what a {kind.__name__} has"
         raise UsageError(what, got=repr(component)[:80], fix=f"{name} by name, or an object with all of it")
+
+
+def _check_last(method: Method, stages: list[str]) -> None:
+    if method.quantises and stages:
+        raise UsageError(
+            "This method leaves its weights quantised, and a stage after it would move them",
+            got=f"{stages[0]} after {type(method).__name__}",
+            fix=f"{stages[0]}=null, or method=oneshot with quantiser=gptq as the last stage",
+        )
 
 
 def _check_fixed(pattern: Pattern, implied: float, sparsity: float, allocator: Allocator) -> None:
@@ -190,9 +203,10 @@ def prune_model(
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         pruned = recipe.method.apply(view, job)
-        masks, notes = pruned.masks, {**pruned.plan.notes, **pruned.notes}
+        masks, grids, notes = pruned.masks, pruned.grids, {**pruned.plan.notes, **pruned.notes}
         for name, stage in recipe.stages.items():
             staged = stage.apply(view, masks, job)
+            grids = staged.grids
             notes |= {f"{name}.{key}": value for key, value in staged.notes.items()}
             if not staged.sparse:
                 masks = Masks()  # nothing is known to be zero
@@ -200,8 +214,9 @@ def prune_model(
             staged.masks.check_within(masks)
             masks = staged.masks
             masks.check(view)
+    check_on_grids(view, grids)
     check_zeros_stay(view, masks, calibration)
-    return PruneResult(view.sparsity(), pruned.plan, pruned.layers, masks, notes, tuple(view.skipped))
+    return PruneResult(view.sparsity(), pruned.plan, pruned.layers, masks, notes, tuple(view.skipped), grids)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from sparsify.methods.blockwise import LayerResult
 from sparsify.methods.job import Job
 from sparsify.model.blocks import BlockView
 from sparsify.model.masks import Masks
+from sparsify.quantisation.grid import Grid
 from sparsify.types import Pattern, SparsityPlan
 
 
@@ -22,12 +23,14 @@ class MethodResult:
         layers: one result per layer, in the order of the forward pass.
         masks: what is kept, of every layer that was pruned.
         notes: for the record, JSON-ready.
+        grids: of every layer, by name, where the method quantised.
     """
 
     plan: SparsityPlan
     layers: list[LayerResult]
     masks: Masks
     notes: Mapping[str, Any] = field(default_factory=dict)
+    grids: Mapping[str, Grid] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -36,10 +39,12 @@ class Method(ABC):
     Attributes:
         version: raised whenever a change moves its numbers; part of a run's identity.
         keeps_shapes: False for one that makes matrices smaller.
+        quantises: whether it leaves weights on grids, which no stage may move them from.
     """
 
     version: int
     keeps_shapes: ClassVar[bool] = True
+    quantises: ClassVar[bool] = False
 
     def check(self, pattern: Pattern, allocator: Allocator, stages: Mapping[str, "Stage"]) -> None:  # noqa: B027
         """Refuse choices that do not go together, before a model is loaded."""
@@ -60,11 +65,13 @@ class StageResult:
         masks: as they are now.
         notes: for the record.
         sparse: False where the stage filled the zeros again: a baseline, whose masks hold no longer.
+        grids: of every layer, by name, where the stage quantised.
     """
 
     masks: Masks
     notes: Mapping[str, Any] = field(default_factory=dict)
     sparse: bool = True
+    grids: Mapping[str, Grid] = field(default_factory=dict)
 
 
 class Stage(ABC):

@@ -12,7 +12,7 @@ from sparsify.errors import UsageError
 from sparsify.runs import registry
 
 GROUPS = {"pruner": 4, "allocator": 13, "method": 1, "eval": 1, "logger": 2, "data": 4, "model": 10}
-GROUPS |= {"recovery": 0, "quantiser": 0, "objective": 1}
+GROUPS |= {"recovery": 0, "quantiser": 2, "objective": 1}
 FILES = [(group, name) for group in GROUPS for name in registry.names(group)]
 VERSIONED = ("pruner", "allocator", "method", "eval", "recovery", "quantiser", "objective")
 SWEEPS = {("eval", "absorption"), ("eval", "sensitivity")}  # many entries that differ from the defaults on purpose
