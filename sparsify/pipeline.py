@@ -93,7 +93,7 @@ def record(cell: Cell, bench: Bench, calibration: Inputs, result: PruneResult, c
     """Write what pruning did, the model itself if it is to be kept, and what an earlier run of this cell measured."""
     written = recording.of_pruning(cell, bench, calibration, result, clock.seconds)
     if cell.config["keep"]:
-        written = replace(written, kept=kept.save(cell.folder, bench.view, bench.dense, result.masks))
+        written = replace(written, kept=kept.save(cell.folder, bench.view, bench.dense, result.masks, result.grids))
     written = recording.with_earlier(written, cell, cell.store.read(cell.key))
     cell.store.write(written)
     Checkpoint(cell.folder).clear()

@@ -26,6 +26,7 @@ def _lines(record: Record) -> Iterator[str]:
         yield f"Pruned with {pruner} and the layer-wise allocation of {allocator} to {record.sparsity:.4%} zeros"
         yield f"over the linear weights of its blocks{pattern}. Weights are stored dense, zeros included"
         yield f"({science['dtype']})."
+    yield from _quantised(record)
     yield from ("", "| measured | value | protocol |", "|---|---:|---|")
     for name, item in record.evaluations.items():
         result = item.result
@@ -55,6 +56,15 @@ def _smaller(record: Record, allocator: str) -> Iterator[str]:
     yield f"{notes['parameters_before']:,} parameters left ({record.science['dtype']})."
     if "own_format" in notes:
         yield f"Plain transformers does not open this folder ({notes['own_format']}): `sparsify.load` does."
+
+
+def _quantised(record: Record) -> Iterator[str]:
+    """Bits and size of a quantised model, which notes of its stage or of its method have."""
+    notes = {name.removeprefix("quantiser."): value for name, value in record.notes.items()}
+    if "bits_per_weight" in notes:
+        yield f"Kept weights are quantised to {notes['mean_bits']:g} bits: with the mask, scales and zero points"
+        yield f"{notes['bits_per_weight']:.3f} bits a weight; {notes['pruned']:.4%} are pruned, other zeros are"
+        yield "rounded weights. What is stored is what codes stand for; `quantisation.safetensors` has the grids."
 
 
 def _calibration(record: Record) -> str:

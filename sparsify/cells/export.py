@@ -4,15 +4,19 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from sparsify.cells import card, kept
 from sparsify.errors import SparsifyError
 from sparsify.model.blocks import BlockView
 from sparsify.model.pretrained import quiet
+from sparsify.quantisation.grid import check_on_grids
+from sparsify.quantisation.stored import grids_in, tensors_of
 from sparsify.runs import registry
 from sparsify.runs.record import Record
 from sparsify.runs.records import Store
 
-ALLOCATION = "allocation.json"
+ALLOCATION, GRIDS = "allocation.json", "quantisation.safetensors"
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Exported:
 
 
 def export(store: Store, key: str, to: Path) -> Exported:
-    """Write model, tokenizer, generation config, card and allocation.
+    """Write model, tokenizer, generation config, card, allocation and grids.
 
     Raises:
         SparsifyError: there is no such cell, its model was not kept or is not the record's, or `to` is not empty.
@@ -51,6 +55,8 @@ def export(store: Store, key: str, to: Path) -> Exported:
     view = BlockView(loaded.model, record.science.get("part"))
     assert record.kept is not None
     kept.load(store.folder(record.key), record.kept, view).check(view)
+    grids = grids_in(store.folder(record.key) / record.kept.file)
+    check_on_grids(view, grids)
     if view.sparsity() != record.sparsity:
         raise SparsifyError(
             "The kept model has other zeros than the record", got=f"{view.sparsity()} of {record.sparsity}"
@@ -61,6 +67,8 @@ def export(store: Store, key: str, to: Path) -> Exported:
     if loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(to)
     (to / ALLOCATION).write_text(json.dumps(allocation(record), indent=1) + "\n", encoding="utf8")
+    if grids:
+        save_file(tensors_of(grids), to / GRIDS)
     (to / "README.md").write_text(card.text(record), encoding="utf8")
     return Exported(view.sparsity(), view.numel, view.numel - view.table.numel, record.notes.get("own_format"))
 

@@ -1,7 +1,8 @@
-"""The model a cell leaves behind (`keep=true`): what pruning changed, with the masks, in one safetensors file.
+"""The model a cell leaves behind (`keep=true`): what pruning changed, with masks and grids, in one safetensors file.
 
 Tensors have their names of the model, and smaller shapes where heads or channels were removed. A mask is
-`mask/<layer>`: one bit a weight, row by row, the first in the lowest bit of its byte.
+`mask/<layer>`: one bit a weight, row by row, the first in the lowest bit of its byte. The grid of a quantised layer is
+`grid/<layer>/...` (`quantisation.stored`).
 """
 
 import os
@@ -25,6 +26,8 @@ from sparsify.model.dense import DenseModel
 from sparsify.model.masks import Masks
 from sparsify.model.removal import shrink
 from sparsify.model.sizes import follow
+from sparsify.quantisation.grid import Grid
+from sparsify.quantisation.stored import GRID, tensors_of
 from sparsify.runs.content import sha256
 from sparsify.runs.record import Kept, Record
 
@@ -48,7 +51,9 @@ def reloaded(cell: Cell, bench: Bench, clock: Clock) -> Record | None:
     return record
 
 
-def save(folder: Path, view: BlockView, dense: DenseModel, masks: Masks) -> Kept:
+def save(
+    folder: Path, view: BlockView, dense: DenseModel, masks: Masks, grids: Mapping[str, Grid] | None = None
+) -> Kept:
     """Write whatever differs from the dense model.
 
     Raises:
@@ -61,7 +66,7 @@ def save(folder: Path, view: BlockView, dense: DenseModel, masks: Masks) -> Kept
         raise SparsifyError(
             "A stage after pruning left the model with other parameters", got=error, fix="merge them before it returns"
         ) from error
-    tensors |= {f"{MASK}{name}": bits for name, bits in masks.bits().items()}
+    tensors |= {f"{MASK}{name}": bits for name, bits in masks.bits().items()} | tensors_of(grids or {})
     draft = folder / f".{FILE}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,14 +98,16 @@ def load(folder: Path, kept: Kept, view: BlockView) -> Masks:
     masks = Masks()
     with safe_open(folder / kept.file, "pt") as file:
         names = list(file.keys())
-        _resize(view, {name: tuple(file.get_slice(name).get_shape()) for name in names if not name.startswith(MASK)})
+        _resize(
+            view, {name: tuple(file.get_slice(name).get_shape()) for name in names if not name.startswith((MASK, GRID))}
+        )
         there = dict([*view.model.named_parameters(), *view.model.named_buffers()])
         shapes = {layer.spec.name: layer.weight.shape for layer in view.layers}
         for name in names:
             if name.startswith(MASK):
                 layer = name.removeprefix(MASK)
                 masks.put(layer, file.get_tensor(name), shapes[layer])
-            else:
+            elif not name.startswith(GRID):
                 _write(there, name, file.get_tensor(name), folder / kept.file)
     return masks
 

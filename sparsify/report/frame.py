@@ -23,7 +23,7 @@ MEASUREMENT = ("evaluation", "metric", "protocol", "value", "text_sha256", "stde
 GROUPS = ("pruner", "allocator", "method", "objective", "recovery", "quantiser")
 """Components of a cell, each a column of its config name and one for every parameter."""
 
-INNER = {"source": "perturbation", "pruner": "pruner", "schedule": "schedule"}
+INNER = {"allocator": "allocator", "source": "perturbation", "pruner": "pruner", "schedule": "schedule"}
 """Config groups of components inside others, by parameter; others are of the group they stand in."""
 
 

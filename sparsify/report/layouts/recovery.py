@@ -17,11 +17,14 @@ from sparsify.report.numbers import format_number
 from sparsify.report.select import where
 from sparsify.report.spread import Spread
 
+BITS = "bits a weight"
+"""The column that is shown only where something was quantised."""
 COSTS = {
     "trainable": ("noted.trainable", "noted.recovery.trainable"),
     "tokens": ("noted.training_tokens", "noted.recovery.training_tokens"),
     "sparsity at the end": ("achieved",),
     "minutes": ("seconds.prune",),
+    BITS: ("noted.bits_per_weight", "noted.quantiser.bits_per_weight"),
     "peak GiB": ("noted.peak_gib", "noted.recovery.peak_gib"),
 }
 """Columns of the table of costs, and where in a wide row their number may stand."""
@@ -65,9 +68,14 @@ def _costs(layout: Recovery, cells: pd.DataFrame) -> pd.DataFrame:
         highest = where(chosen, {"sparsity": chosen["sparsity"].max()})
         rows.append([_cost(name, highest) for name in COSTS])
         index.append((pruner, label))
-    names = pd.MultiIndex.from_tuples(index, names=["pruner", "method"]) if index else None
-    columns = pd.MultiIndex.from_product([[""], COSTS])
-    return pd.DataFrame(rows, index=names, columns=columns) if index else pd.DataFrame()
+    if not index:
+        return pd.DataFrame()
+    names, columns = (
+        pd.MultiIndex.from_tuples(index, names=["pruner", "method"]),
+        pd.MultiIndex.from_product([[""], COSTS]),
+    )
+    costs = pd.DataFrame(rows, index=names, columns=columns)
+    return costs if costs["", BITS].any() else costs.drop(columns=[("", BITS)])
 
 
 def _cost(name: str, cells: pd.DataFrame) -> str:
@@ -80,6 +88,8 @@ def _cost(name: str, cells: pd.DataFrame) -> str:
         return f"{mean / 60:.1f}"
     if name == "sparsity at the end":
         return f"{mean:.1%}"
+    if name == BITS:
+        return f"{mean:.2f}"
     return f"{mean:.1f}" if name == "peak GiB" else f"{mean:,.0f}"
 
 
