@@ -60,11 +60,11 @@ def _smaller(record: Record, allocator: str) -> Iterator[str]:
 
 def _quantised(record: Record) -> Iterator[str]:
     """Bits and size of a quantised model, which notes of its stage or of its method have."""
-    notes = {name.removeprefix("quantiser."): value for name, value in record.notes.items()}
-    if "bits_per_weight" in notes:
-        yield f"Kept weights are quantised to {notes['mean_bits']:g} bits: with the mask, scales and zero points"
-        yield f"{notes['bits_per_weight']:.3f} bits a weight; {notes['pruned']:.4%} are pruned, other zeros are"
-        yield "rounded weights. What is stored is what codes stand for; `quantisation.safetensors` has the grids."
+    if notes := record.quantised:
+        size, pruned = f"{notes['bits_per_weight']:.3f} bits a weight", f"{notes['pruned']:.4%}"
+        yield f"What is kept is quantised to {notes['mean_bits']:g} bits: {size} with mask, scales and zero points."
+        yield f"{pruned} are pruned, other zeros are rounded weights. Weights are stored as what their codes stand for;"
+        yield "`quantisation.safetensors` has the grids."
 
 
 def _calibration(record: Record) -> str:

@@ -170,7 +170,7 @@ def cell_started(config: Config, key: str) -> None:
 def cell_finished(config: Config, record: Record, path: Path, fresh: bool) -> None:
     """A line in a sweep; a table and what to try next after a single cell."""
     took = f"in {duration(sum(record.seconds.values()))}" if fresh else "already done"
-    numbers = ", ".join(_summary(record))
+    numbers = ", ".join([*_size(record), *_summary(record)])
     say(f"  sparsity {record.sparsity:.4f}, {numbers}, {took}{_eta(config)}")
     if record.skipped:
         say(f"  not pruned: {_skipped(record)}")
@@ -180,6 +180,12 @@ def cell_finished(config: Config, record: Record, path: Path, fresh: bool) -> No
         if record.sparsity:
             out().print(_blocks(record))
         _next_steps(record, path)
+
+
+def _size(record: Record) -> Iterator[str]:
+    """`3.25 bits a weight`, of a quantised model."""
+    if record.quantised:
+        yield f"{record.quantised['bits_per_weight']:.4g} bits a weight"
 
 
 def _summary(record: Record) -> Iterator[str]:

@@ -94,6 +94,12 @@ class Record:
     error: str | None = None
     traceback: str | None = None
 
+    @property
+    def quantised(self) -> dict[str, Any]:
+        """What a stage or the method noted of quantising: bits, size, zeros; empty where nothing was quantised."""
+        notes = {name.removeprefix("quantiser."): value for name, value in self.notes.items()}
+        return notes if "bits_per_weight" in notes else {}
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; what does not apply is left out, of a failed record all that is empty."""
         tree = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -13,6 +13,9 @@ import sparsify
 from sparsify.commands import export
 from sparsify.evaluation.perplexity import Perplexity
 from sparsify.methods.oneshot import OneShot
+from sparsify.model.blocks import BlockView
+from sparsify.model.masks import Masks
+from sparsify.quantisation.stored import grids_in
 
 TEXTS = (
     *(f"data@{part}.text=file" for part in ("calibration", "heldout", "test")),
@@ -87,6 +90,44 @@ def test_a_kept_model_is_exported_and_plain_transformers_has_its_zeros(kept, res
     assert all(f"{item['value']:.5g}" in card for item in record["evaluations"].values())
     assert "allocator.beta=0.1" in card
     assert (folder / "generation_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "quantised",
+    [
+        ["quantiser=gptq", "quantiser.bits=3", "quantiser.group=20"],
+        ["quantiser=rtn", "quantiser.bits=3.5", "quantiser.group=16", "allocator@quantiser.allocator=atp_relative"],
+        ["method=joint", "method.bits=2", "method.group=null"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_an_exported_quantised_model_has_its_zeros_and_codes(quantised, kept, results, tmp_path, capsys):
+    record = kept("pruner=sparsegpt", "sparsity=0.6", *quantised)
+    folder = tmp_path / "out"
+    assert export.main([record["key"], "--to", str(folder), "--results", str(results)]) == 0
+    view = BlockView(AutoModelForCausalLM.from_pretrained(folder))
+    grids, file = (
+        grids_in(folder / "quantisation.safetensors"),
+        results / "runs" / record["key"] / "weights.safetensors",
+    )
+    assert view.sparsity() == record["sparsity"]
+    assert set(grids) == {layer.spec.name for layer in view.layers}
+    stored, loaded = load_file(file), Masks()
+    for layer in view.layers:
+        name, grid = layer.spec.name, grids[layer.spec.name]
+        loaded.put(name, stored[f"mask/{name}"], layer.weight.shape)
+        assert torch.equal(layer.weight, stored[f"{name}.weight"])
+        assert torch.equal(grid.values(grid.codes(layer.weight)), layer.weight)
+        groups = layer.weight.split(grid.precision.width(layer.spec.in_features), dim=1)
+        assert all(len(row.unique()) <= 2**grid.precision.bits for part in groups for row in part)
+    loaded.check(view)
+    notes = {name.removeprefix("quantiser."): value for name, value in record["notes"].items()}
+    pruned = sum(int((~loaded[x.spec.name]).sum()) for x in view.layers) / view.table.numel
+    assert notes["pruned"] == pruned == pytest.approx(0.6, abs=0.02)
+    assert notes["pruned"] + notes["rounded_to_zero"] == pytest.approx(view.sparsity())
+    bits = sum(grids[x.spec.name].precision.bits * x.spec.numel for x in view.layers) / view.table.numel
+    assert notes["mean_bits"] == bits
+    assert f"{notes['bits_per_weight']:.3f} bits a weight" in (folder / "README.md").read_text()
 
 
 def test_tied_weights_stay_tied(make_model, inputs, kept, results, tmp_path):

@@ -27,6 +27,12 @@ from sparsify.runs import labels, menu, planning
         (["seed=3", "calibration.sampler=random"], "wanda + uniform, 50%, calibration.sampler=random, seed=3"),
         (["data@calibration.text=c4"], "wanda + uniform, 50%, calibration.text=c4"),
         (["method.regime=dense"], "wanda + uniform, 50%, method=oneshot(regime=dense)"),
+        (["quantiser=gptq"], "wanda + uniform, 50%, quantiser=gptq"),
+        (
+            ["quantiser=rtn", "quantiser.bits=3.5", "allocator@quantiser.allocator=atp_relative"],
+            "wanda + uniform, 50%, quantiser=rtn(allocator=atp_relative, bits=3.5)",
+        ),
+        (["method=joint", "method.bits=3", "pruner=sparsegpt"], "sparsegpt + uniform, 50%, method=joint(bits=3)"),
         (["scale=paper"], "wanda + uniform, 50%"),
         (["scale=paper", "allocator=equimarginal"], "wanda + equimarginal, 50%"),
         (["scale=paper", "allocator=equimarginal", "allocator.steps=7"], "wanda + equimarginal(steps=7), 50%"),

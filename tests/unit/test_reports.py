@@ -167,6 +167,8 @@ def test_training_has_means_costs_and_a_figure(tmp_path):
     assert costs["trainable"].tolist() == ["", "2,000,000", "4,000,000"]
     assert costs["sparsity at the end"].tolist() == ["70.0%", "0.0%", "70.0%"]
     assert costs["minutes"].tolist() == ["0.1", "", "2.0"]
+    sizes = recovery._costs(layout, cells.assign(**{"noted.quantiser.bits_per_weight": 3.256}))[""]["bits a weight"]
+    assert set(sizes) == {"3.26"}
     assert [file.name for file in files if file.suffix == ".png"] == ["training_tiny.png", "cka_tiny.png"]
     assert all(file.is_file() for file in files)
 
