@@ -173,6 +173,32 @@ def test_training_has_means_costs_and_a_figure(tmp_path):
     assert all(file.is_file() for file in files)
 
 
+def test_a_quantised_dense_model_is_a_row_of_its_own_and_no_pruned_one(tmp_path):
+    dense = {"sparsity": 0.0, "pruner": "wanda", "method": "oneshot", "seconds.prune": 1.0, "test.protocol": "t"}
+    pruned = dense | {"sparsity": 0.5, "achieved": 0.6, "test": 30.0}
+    cells = pd.DataFrame(
+        [
+            dense | {"key": "a", "test": 10.0},
+            dense | {"key": "b", "test": 12.0, "quantiser": "rtn", "noted.quantiser.bits_per_weight": 4.2},
+            pruned | {"key": "c"},
+            pruned | {"key": "d", "test": 33.0, "quantiser": "rtn", "noted.quantiser.bits_per_weight": 3.2},
+        ]
+    )
+    rows = [
+        Row("dense", {"quantiser": "none"}, dense=True),
+        Row("dense, few bits", {"quantiser": "rtn"}, dense=True),
+        Row("pruned", {"quantiser": "none"}),
+        Row("few bits", {"quantiser": "rtn"}),
+    ]
+    layout = Recovery(**COMMON, pruners=["wanda"], rows=rows)
+    cells = layout.prepare(cells)
+    shown = layout.frame(cells, "test", lambda values: str(values[0]))
+    assert shown["zeros", "50%"].tolist() == ["10.0", "12.0", "30.0", "33.0"]
+    costs = recovery._costs(layout, cells)[""]
+    assert costs["bits a weight"].tolist() == ["", "3.20"]
+    assert costs["sparsity at the end"].tolist() == ["60.0%", "60.0%"]
+
+
 def test_the_figure_of_a_training_has_loss_sparsity_and_ranks_by_step_and_block(tmp_path, monkeypatch):
     drawn = {}
 

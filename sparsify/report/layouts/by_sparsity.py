@@ -20,8 +20,8 @@ class BySparsity(Layout):
 
     Attributes:
         pruners: groups of rows, in order.
-        rows: the dense model and what is held against it; one that names its pruner is shown under that one alone, or
-            under another (`Row.under`), whose masks it changes, say.
+        rows: the dense model (quantised, say, by its `where`) and what is held against it; one that names its pruner is
+            shown under that one alone, or under another (`Row.under`), whose masks it changes, say.
         tasks: whose mean accuracy makes a table of its own, where it was measured.
     """
 
@@ -38,11 +38,11 @@ class BySparsity(Layout):
 
     def entries(self, cells: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
         """(pruner, label, its cells) of every row that has any."""
-        pruned = [row for row in self.rows if not row.dense]
+        rows, pruned = [row for row in self.rows if not row.dense], cells[cells["sparsity"] > 0]
         found = [
-            (pruner, str(row.label), where(cells, {"pruner": pruner, **row.where}))
+            (pruner, str(row.label), where(pruned, {"pruner": pruner, **row.where}))
             for pruner in self.present(cells)
-            for row in pruned
+            for row in rows
             if (row.under or row.where.get("pruner", pruner)) == pruner
         ]
         return [entry for entry in found if not entry[2].empty]
@@ -52,7 +52,7 @@ class BySparsity(Layout):
         sparsities = sorted(s for s in set(cells["sparsity"]) if s > 0)
         rows: dict[tuple[str, str], list[str]] = {}
         for row in (row for row in self.rows if row.dense):
-            dense = _shown(where(cells, {"sparsity": 0.0}), value, show)
+            dense = _shown(where(cells, {"sparsity": 0.0, **row.where}), value, show)
             rows["", str(row.label)] = [dense] + [""] * (len(sparsities) - 1)
         for pruner, label, chosen in self.entries(cells):
             rows[pruner, label] = [_shown(where(chosen, {"sparsity": s}), value, show) for s in sparsities]

@@ -36,9 +36,9 @@ class Recovery(BySparsity):
     second = "method"
 
     def prepare(self, cells: pd.DataFrame) -> pd.DataFrame:
-        """Cells without a recovery are of recovery `none`, so that a row can ask for these."""
-        have = cells["recovery"] if "recovery" in cells else pd.Series(pd.NA, index=cells.index)
-        return cells.assign(recovery=have.fillna("none"))
+        """Cells without a recovery or quantiser are of `none`, so that a row can ask for these."""
+        nothing = pd.Series(pd.NA, index=cells.index)
+        return cells.assign(**{stage: cells.get(stage, nothing).fillna("none") for stage in ("recovery", "quantiser")})
 
     def write(self, page: Page) -> list[Path]:
         """A file of up to three tables, and figures: of a training by steps, and of the similarity of blocks."""
