@@ -29,8 +29,9 @@ class Joint(Quantising, Method):
     """A plan for the budget, and one walk that prunes by it and quantises what stays (`prune_and_quantise`).
 
     Source: SparseGPT (arXiv 2301.00774), Section 3.5. The pruner is `sparsegpt`, whose damping and slabs are used;
-    beside it, `quantiser=gptq` with `method=oneshot` prunes first and quantises then. An expert that no token was
-    routed to is pruned by magnitude and rounded to nearest.
+    beside it, `quantiser=gptq` with `method=oneshot` prunes first and quantises then. Trials of an allocator that
+    searches prune and do not quantise. An expert that no token was routed to is pruned by magnitude and rounded to
+    nearest.
 
     Attributes:
         regime: where a layer's statistics come from (`methods.observing.observed`).
@@ -76,19 +77,15 @@ class Joint(Quantising, Method):
         return MethodResult(plan, rows, masks, self._notes(view, masks, grids) | told, grids)
 
     def _solved(self, layer: Layer, job: Job, target: Target, bits: Mapping[str, int], stats: LayerStats) -> Quantised:
-        assert isinstance(job.pruner, SparseGPT)
-        (weight, keep), (precision, stored), damp = (
-            self._matrix(layer, None),
-            self._fineness(layer, bits),
-            job.pruner.damp,
-        )
+        pruner, fineness = job.pruner, self._fineness(layer, bits)
+        assert isinstance(pruner, SparseGPT)
+        weight, keep = self._matrix(layer, None)
         if not stats.seen:
-            keep = Magnitude().prune(weight, stats, target).keep
-            return round_to_nearest(weight, keep, precision, stored)
-        factor = stats.once(("inverse", damp), lambda: inverse_factor(stats.gram, damp))
+            return round_to_nearest(weight, Magnitude().prune(weight, stats, target).keep, *fineness)
+        factor = stats.once(("inverse", pruner.damp), lambda: inverse_factor(stats.gram, pruner.damp))
         if target.sparsity == 0:
-            return quantise(weight, keep, factor, precision, stored)
-        return prune_and_quantise(weight, target, factor, precision, stored, job.pruner.columns)
+            return quantise(weight, keep, factor, *fineness)
+        return prune_and_quantise(weight, target, factor, *fineness, pruner.columns)
 
 
 def _row(layer: Layer, target: Target, error: float, seconds: float, stats: LayerStats) -> LayerResult:

@@ -102,11 +102,11 @@ def prune_and_quantise(
     walked = _Columns.of(work, first, precision, stored)
     keep = (~factor.dead).expand_as(work).clone()
     width = _slab_width(work.shape[1], columns, precision, target.group)
+    chooses = target if target.group is not None else None  # on the way, group by group
     for start, end, count in slab_counts(work.shape[0], work.shape[1], target.sparsity, width):
         upper, slab = factor.upper[start:end, start:end], work[:, start:end]
-        free = target.group is not None
-        mask = torch.ones_like(keep[:, start:end]) if free else keep_jointly(_scores(slab, upper), count)
-        errors = _walk(slab, upper, mask, walked, start, target if free else None)
+        mask = keep_jointly((slab / upper.diagonal()).square(), 0 if chooses else count)
+        errors = _walk(slab, upper, mask, walked, start, chooses)
         keep[:, start:end] &= mask
         work[:, end:] -= errors @ factor.upper[start:end, end:]
     return Quantised(work.masked_fill(~keep, 0.0), keep, walked.grid())
@@ -142,10 +142,6 @@ def _choose(slab: Tensor, diagonal: Tensor, mask: Tensor, where: slice, target: 
     """N:M masks of some columns, in place, from the weights as they are."""
     scores = (slab[:, where] / diagonal[where]).square()
     mask[:, where] = keep_n_of_m(scores, target.kept or 0, target.group or 1)
-
-
-def _scores(slab: Float[Tensor, "out cols"], upper: Float[Tensor, "cols cols"]) -> Float[Tensor, "out cols"]:
-    return (slab / upper.diagonal()).square()
 
 
 @dataclass

@@ -20,7 +20,7 @@ def tensors_of(grids: Mapping[str, Grid]) -> dict[str, Tensor]:
     `scale` and `zero` are as `Grid` has them, [out, groups]; `precision` is bits, inputs of a group (0 for the row) and
     whether the grid is symmetric.
     """
-    named = {}
+    named = dict[str, Tensor]()
     for layer, grid in grids.items():
         precision = [grid.precision.bits, grid.precision.group or 0, int(grid.precision.symmetric)]
         parts = {"scale": grid.scale, "zero": grid.zero, "precision": torch.tensor(precision)}
