@@ -96,7 +96,6 @@ class Recipe:
         kinds |= {name: (stage, Stage) for name, stage in (stages or {}).items()}
         for name, (component, kind) in (kinds | {"objective": (objective or NextToken(), Objective)}).items():
             _check_kind(name, component, kind)
-        _check_last(method, list(stages or {}))
         parsed = Pattern.parse(pattern)
         if sparsity is None:
             sparsity = parsed.sparsity
@@ -113,15 +112,6 @@ def _check_kind(name: str, component: Any, kind: type[Any]) -> None:
     if not isinstance(component, kind):
         what = f"This is no {name}: it has not what a {kind.__name__} has"
         raise UsageError(what, got=repr(component)[:80], fix=f"{name} by name, or an object with all of it")
-
-
-def _check_last(method: Method, stages: list[str]) -> None:
-    if method.quantises and stages:
-        raise UsageError(
-            "This method leaves its weights quantised, and a stage after it would move them",
-            got=f"{stages[0]} after {type(method).__name__}",
-            fix=f"{stages[0]}=null, or method=oneshot with quantiser=gptq as the last stage",
-        )
 
 
 def _check_fixed(pattern: Pattern, implied: float, sparsity: float, allocator: Allocator) -> None:

@@ -39,12 +39,10 @@ class Method(ABC):
     Attributes:
         version: raised whenever a change moves its numbers; part of a run's identity.
         keeps_shapes: False for one that makes matrices smaller.
-        quantises: whether it leaves weights on grids, which no stage may move them from.
     """
 
     version: int
     keeps_shapes: ClassVar[bool] = True
-    quantises: ClassVar[bool] = False
 
     def check(self, pattern: Pattern, allocator: Allocator, stages: Mapping[str, "Stage"]) -> None:  # noqa: B027
         """Refuse choices that do not go together, before a model is loaded."""

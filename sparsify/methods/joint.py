@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from sparsify.allocators.base import Allocator
 from sparsify.errors import UsageError
-from sparsify.methods.base import Method, MethodResult
+from sparsify.methods.base import Method, MethodResult, Stage
 from sparsify.methods.blockwise import LayerResult, named
 from sparsify.methods.job import Job
 from sparsify.methods.observing import Regime, check_regime, observed
@@ -21,7 +22,7 @@ from sparsify.pruners.magnitude import Magnitude
 from sparsify.pruners.sparsegpt import SparseGPT, inverse_factor
 from sparsify.quantisation.gptq import Quantised, check_nesting, prune_and_quantise, quantise, round_to_nearest
 from sparsify.quantisation.grid import Grid
-from sparsify.types import Target
+from sparsify.types import Pattern, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +39,20 @@ class Joint(Quantising, Method):
     """
 
     place: ClassVar[str] = "method"
-    quantises: ClassVar[bool] = True
     regime: Regime = "propagated"
     version: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_regime(self.regime)
+
+    def check(self, pattern: Pattern, allocator: Allocator, stages: Mapping[str, Stage]) -> None:
+        if stages:
+            raise UsageError(
+                "This method leaves its weights quantised, and a stage after it would move them",
+                got=f"{next(iter(stages))} after {type(self).__name__}",
+                fix=f"{next(iter(stages))}=null, or method=oneshot with quantiser=gptq as the last stage",
+            )
 
     def prepare(self, job: Job) -> None:
         if not isinstance(job.pruner, SparseGPT) or job.pruner.rule != "exact":
