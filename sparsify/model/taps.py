@@ -1,6 +1,6 @@
 """Hooks on the layers of a block that fold what enters them into statistics."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,10 +19,19 @@ class Enough(Exception):
 
 
 class Taps:
-    """Pre-hooks that fold each distinct layer input once; always removed, whatever happens inside."""
+    """Pre-hooks that fold each distinct layer input once; always removed, whatever happens inside.
 
-    def __init__(self, layers: list[Layer], needs: Needs, stop_early: bool) -> None:
-        self.layers = layers
+    Args:
+        layers: what is observed.
+        needs: statistics.
+        stop_early: leave the block behind the last observed input.
+        twins: by layer name, modules of the dense block whose inputs are remembered; none where it is the same block.
+    """
+
+    def __init__(
+        self, layers: list[Layer], needs: Needs, stop_early: bool, twins: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        self.layers, self.twins = layers, twins or {}
         self.experts = [layer for layer in layers if layer.expert is not None]
         self.needs = reading(needs, "input", "pair")
         self.stop_early = stop_early and not self.experts  # which expert is the last is the router's to say
@@ -40,6 +49,7 @@ class Taps:
             for x in self.layers
             if x.expert is None
         }
+        self.beside = [x.register_forward_pre_hook(self._tap(name), with_kwargs=True) for name, x in self.twins.items()]
         self.routed = ExitStack()
         if self.experts:
             self.routed.enter_context(Routed(self.experts, self._tap_expert))
@@ -47,7 +57,7 @@ class Taps:
 
     def __exit__(self, *_: object) -> None:
         self.routed.close()
-        for handle in self.handles.values():
+        for handle in [*self.handles.values(), *self.beside]:
             handle.remove()
         self.held.clear()
         self.dense = None

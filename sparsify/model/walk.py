@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsify.data.inputs import Inputs, as_inputs, batches, check_batch_size
 from sparsify.errors import UnsupportedModelError, UsageError
@@ -70,6 +70,8 @@ class Walk:
         self.hidden, self.calls = enter(view, inputs, self.batches)
         self.dense = self.hidden.clone() if reading(needs, "pair") else None
         self.dense_block = 0
+        self._twin: nn.Module | None = None  # of block `dense_block`, as it is in the dense model
+        self._instead: nn.Module | None = None  # called in place of any block
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -95,6 +97,8 @@ class Walk:
     @torch.no_grad()
     def advance(self, block: int) -> None:
         """Replace the hidden states by the block's outputs."""
+        if self._twin is not None:
+            self._advance_twin(block)
         self._pass(block, keep=True)
 
     @torch.no_grad()
@@ -105,9 +109,10 @@ class Walk:
 
         Args:
             block: index of the block; the hidden states must stand before it.
-            needs: which statistics; those that read pairs need the block as it is in the dense model, and a walk that
-                was told of them.
-            only: names of the layers to observe; None for all.
+            needs: which statistics; those that read pairs need a walk that was told of them, and, the first time, the
+                block as it is in the dense model.
+            only: names of the layers to observe; None for all. With pairs the dense block is then kept beside the one
+                that is pruned, until the walk advances.
             advance: also replace the hidden states by the outputs (saves a pass when the block stays as it is).
 
         Raises:
@@ -121,10 +126,27 @@ class Walk:
         pairs = bool(reading(needs, "pair"))
         if pairs:
             self._check_pairs(block, layers)
-        with Taps(layers, needs, stop_early=not advance and not pairs) as taps:
+        if pairs and only is not None and self._twin is None:
+            self._twin = copy.deepcopy(self.view.blocks[block])
+        with Taps(layers, needs, stop_early=not advance and not pairs, twins=self._twins(block, layers)) as taps:
             self._pass(block, keep=advance, taps=taps, pairs=pairs)
-        self.dense_block += pairs
+        self.dense_block += pairs and self._twin is None
         return taps.finalise(len(self))
+
+    def _twins(self, block: int, layers: list[Layer]) -> dict[str, nn.Module]:
+        """The modules of these layers in the dense block, where that is another one."""
+        if self._twin is None:
+            return {}
+        names = {module: name for name, module in self.view.blocks[block].named_modules()}
+        return {layer.spec.name: self._twin.get_submodule(names[layer.module]) for layer in layers}
+
+    def _advance_twin(self, block: int) -> None:
+        """Carry the dense model's states through its block."""
+        assert self.dense is not None
+        beside = copy.copy(self)
+        beside.hidden, beside.dense, beside._instead = self.dense, None, self._twin
+        beside._pass(block, keep=True)
+        self._twin, self.dense_block = None, block + 1
 
     def _check_pairs(self, block: int, layers: list[Layer]) -> None:
         if experts := [layer.spec.name for layer in layers if layer.expert is not None]:
@@ -135,9 +157,9 @@ class Walk:
             )
         if self.dense is None or self.dense_block != block:
             raise UsageError(
-                "Statistics of pairs are taken once a block, before it is pruned",
-                got="another regime" if self.dense is not None else "a walk without the dense model beside it",
-                allowed="method.regime=propagated",
+                "Statistics of pairs are taken from a block on before it is pruned, and not again once it is behind",
+                got="a block that is pruned" if self.dense is not None else "a walk without the dense model beside it",
+                allowed="one observation of a block, or one of each group of inputs before the walk advances",
             )
 
     @torch.no_grad()
@@ -170,7 +192,7 @@ class Walk:
             if not dense or taps is None:
                 return [self._call(block, batch, hidden)]
             with taps.remembering():
-                beside = self._call(block, batch, dense[0])
+                beside = self._call(block, batch, dense[0], self._twin)
             return [self._call(block, batch, hidden), beside]
 
         return step
@@ -179,7 +201,7 @@ class Walk:
         out, *beside = outputs
         if keep and out is not None:
             self.hidden[where] = out
-        if beside and self.dense is not None and beside[0] is not None:
+        if beside and self.dense is not None and beside[0] is not None and self._twin is None:
             self.dense[where] = beside[0]
 
     @torch.no_grad()
@@ -189,11 +211,12 @@ class Walk:
         assert out is not None  # only taps make a block stop early
         return out.to(hidden.device)
 
-    def _call(self, block: int, batch: int, hidden: Tensor) -> Tensor | None:
-        """The block's output for a batch; None if the taps had seen enough before it was done."""
+    def _call(self, block: int, batch: int, hidden: Tensor, instead: nn.Module | None = None) -> Tensor | None:
+        """The block's output for a batch, or another's; None if the taps had seen enough before it was done."""
+        module = instead or self._instead or self.view.blocks[block]
         with one_by_one(self.view.model) if self.view.has_experts else nullcontext():
             try:
-                return _first(self.view.blocks[block](hidden, **self.calls[batch][block]))
+                return _first(module(hidden, **self.calls[batch][block]))
             except Enough:
                 return None
 

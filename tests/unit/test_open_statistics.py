@@ -127,10 +127,29 @@ def test_a_pair_is_the_input_and_the_dense_models_for_the_same_tokens(make_model
     assert not torch.allclose(theirs[names[0]], ours[names[0]])
 
 
-def test_pairs_within_a_block_are_refused(make_model, tokens):
-    spy = Spy(statistic=CrossGram(), seen=[])
-    with pytest.raises(UsageError, match="propagated"):
-        sparsify.prune(make_model(), tokens, pruner=spy, method=("oneshot", {"regime": "sequential"}), sparsity=0.5)
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_pairs_within_a_block_are_of_the_dense_and_the_half_pruned_one(
+    make_model, tokens, batch_size
+):
+    dense, pruned, spy = make_model(), make_model(), Spy(statistic=CrossGram(), seen=[])
+    method = ("oneshot", {"regime": "sequential"})
+    rows = sparsify.prune(pruned, tokens, pruner=spy, method=method, sparsity=0.5, batch_size=batch_size).layers
+    theirs, ours = (
+        inputs_of(dense, tokens),
+        inputs_of(pruned, tokens),
+    )  # groups before it are pruned
+    for row, cross in zip(rows, spy.seen, strict=True):
+        torch.testing.assert_close(cross, theirs[row.name].T @ ours[row.name], rtol=1e-3, atol=1e-3)
+
+
+def test_pairs_of_a_block_that_is_pruned_are_refused(make_model, tokens):
+    view, needs = BlockView(make_model()), frozenset({CrossGram()})
+    with pytest.raises(UsageError, match="without the dense model"):
+        Walk(view, tokens).observe(0, needs)
+    walk = Walk(view, tokens, needs=needs)
+    walk.observe(0, needs)
+    with pytest.raises(UsageError, match="a block that is pruned"):
+        walk.observe(0, needs)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
