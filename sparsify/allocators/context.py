@@ -20,6 +20,7 @@ from sparsify.pruners.base import Pruner
 from sparsify.search.levels import Place, level_proxy
 from sparsify.search.proxy import Proxy
 from sparsify.search.ranks import RankProxy, rank_proxy
+from sparsify.search.repaired import RepairedProxy
 from sparsify.types import Pattern, SparsityPlan, Target
 
 
@@ -75,13 +76,13 @@ class Context:
 
     def stats_by_block(self, needs: Needs) -> Iterator[Mapping[str, LayerStats]]:
         """The same, block by block and not remembered: for statistics too large to keep for a whole model."""
-        walk = self.walk()
+        walk = self.walk(needs=needs)
         for block in range(len(self.view.blocks)):
             yield walk.observe(block, needs, advance=True)
 
-    def walk(self, samples: int | None = None) -> Walk:
-        """The first calibration inputs before the first block; all for None."""
-        return Walk(self.view, first(self.calibration, samples), self.batch_size)
+    def walk(self, samples: int | None = None, needs: Needs = frozenset()) -> Walk:
+        """The first calibration inputs before the first block, all for None; `needs` where some are of pairs."""
+        return Walk(self.view, first(self.calibration, samples), self.batch_size, needs=needs)
 
     def heldout_inputs(self, samples: int | None = None) -> Inputs:
         """The first held-out inputs, or all of them.
@@ -112,6 +113,24 @@ class Context:
         group = pattern.group if pattern is not None else None
         inputs = first(self.calibration, samples)
         return rank_proxy(self.view, self._dense(), inputs, self.objective, self.pruner, group).closing()
+
+    def repaired_proxy(
+        self, samples: int | None, reach: float, pattern: Pattern | None = None
+    ) -> AbstractContextManager[RepairedProxy]:
+        """The run's own pruner, and what a zero costs once it has repaired the layer; dense again when it closes.
+
+        Args:
+            samples: calibration inputs, the first ones; all for None.
+            reach: difference in sparsity over which a cost is taken.
+            pattern: of N:M, where plans are on it; None for unstructured ones.
+        """
+        assert self.pruner is not None
+        group = pattern.group if pattern is not None else None
+        inputs = first(self.calibration, samples)
+        proxy = RepairedProxy(
+            self.view, self._dense(), inputs, self.objective, pruner=self.pruner, group=group, reach=reach
+        )
+        return proxy.closing()
 
     @contextmanager
     def dense_proxy(self, samples: int | None) -> Iterator[RankProxy]:

@@ -21,7 +21,7 @@ from sparsify.types import LayerTable, Pattern, SparsityPlan, check_whole
 if TYPE_CHECKING:
     from sparsify.allocators.context import Context
     from sparsify.data.inputs import Inputs
-    from sparsify.search.ranks import RankProxy
+    from sparsify.search.proxy import PricedProxy
 
 LONGEST = 4.0
 """A layer moves at most this many times the mean step."""
@@ -33,16 +33,20 @@ class Equimarginal(Allocator):
 
     At the best split of a budget no layer can give a zero to another at a profit: the derivative of the loss by the
     number of zeros is the same in every layer (the Lagrange condition of the budget). One backward pass of the pruned
-    model gives all these derivatives at once (`RankProxy.marginal_costs`), where a search by trial needs a forward pass
-    for each. Every step moves sparsity from layers in which a zero costs more than the mean to those in which it
+    model gives all these derivatives at once (`PricedProxy.marginal_costs`), where a search by trial needs a forward
+    pass for each. Every step moves sparsity from layers in which a zero costs more than the mean to those in which it
     costs less; every `settle_every` steps the masks are settled by a propagated walk, and the best settled plan wins.
 
     Ours; no paper. The trials use unstructured Wanda masks whatever the cell's pruner and pattern are, unless `native`:
     then, with N:M, masks by rank within groups of M (by the cell's own scores, if its pruner only ranks weights). The
     band is the next weight to go and the next to come back of every group; the descent keeps fractions of a level, so
-    that small steps add up, and tries what they round to. The text is the
-    cell's calibration and held-out text, never the test set. On the device lie the pruned weights and a rank of 16 bits
-    for each of them; gradients exist one matrix at a time, the dense weights on the host.
+    that small steps add up, and tries what they round to. With `own` the cell's pruner settles every layer at three
+    sparsities, and a zero costs what is left once the other weights have made up for it (`RepairedProxy`): a settling
+    walk takes three times as long as pruning.
+
+    The text is the cell's calibration and held-out text, never the test set. On the device lie the pruned weights and a
+    rank of 16 bits for each of them (with `own` two more weights); gradients exist one matrix at a time, the dense
+    weights on the host.
 
     Attributes:
         start: the allocator to start from.
@@ -55,6 +59,7 @@ class Equimarginal(Allocator):
         batch: held-out windows a gradient is taken on, drawn anew for every step.
         settle_every: steps between settling walks.
         native: with `pattern=mixed:M`, descend on that pattern; else the unstructured optimum is rounded to it.
+        own: prune by the cell's own pruner in place of Wanda's ranks.
     """
 
     start: Allocator = field(default_factory=Uniform)
@@ -67,6 +72,7 @@ class Equimarginal(Allocator):
     batch: int = 8
     settle_every: int = 10
     native: bool = False
+    own: bool = False
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -89,7 +95,8 @@ class Equimarginal(Allocator):
         if pattern.group is not None:
             check_widths(layers, pattern.group)
             start = replace(start, high=min(start.high, 1 - 1 / pattern.group))
-        with context.proxy(self.windows, pattern) as proxy:
+        proxies = context.repaired_proxy(self.windows, self.band / 2, pattern) if self.own else None
+        with proxies or context.proxy(self.windows, pattern) as proxy:
             return self._descend(start, layers, sparsity, context, proxy, pattern)
 
     def _descend(
@@ -98,7 +105,7 @@ class Equimarginal(Allocator):
         layers: LayerTable,
         sparsity: float,
         context: Context,
-        proxy: RankProxy,
+        proxy: PricedProxy,
         pattern: Pattern,
     ) -> Profile:
         text, rng, began = context.heldout_inputs(), np.random.default_rng(context.seed), time.perf_counter()
@@ -126,7 +133,7 @@ class Equimarginal(Allocator):
             raise NumericsError("No step of the descent gave a finite perplexity", got=log, fix="a lower sparsity")
         return replace(best, trials=tuple(log), notes={"heldout_perplexity": math.exp(best_loss)})
 
-    def _costs(self, proxy: RankProxy, text: Inputs, layers: LayerTable) -> Float[ndarray, " layers"]:
+    def _costs(self, proxy: PricedProxy, text: Inputs, layers: LayerTable) -> Float[ndarray, " layers"]:
         """Marginal cost of a zero in every layer, less the mean over all weights."""
         by_layer = proxy.marginal_costs(text, self.band)
         costs = np.array([by_layer[layer.name] for layer in layers])

@@ -100,7 +100,7 @@ def input_norms(
     """
     if context.pruner is None:
         raise UsageError("This allocator prunes on trial, and the context has no pruner", fix="use sparsify.prune")
-    walk, view = context.walk(windows), context.view
+    walk, view = context.walk(windows, context.pruner.needs), context.view
     for block in range(len(view.blocks)):
         layers = view.layers_of(block)
         before = walk.observe(block, context.pruner.needs | {NORM})

@@ -63,8 +63,8 @@ class FisherTraces:
 class MarginalCosts:
     """What one zero more costs in every matrix where the model stands pruned alike: `equimarginal`'s first step.
 
-    Uniform unstructured Wanda by `RankProxy.settle`, then `RankProxy.marginal_costs`, on one text: rise of its loss in
-    nats per prediction for one zero more, to first order.
+    Uniform unstructured Wanda by `RankProxy.settle`, then `marginal_costs`, on one text: rise of its loss in nats per
+    prediction for one zero more, to first order.
 
     Attributes:
         windows: which text.

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsify.data.inputs import Inputs
-from sparsify.errors import UsageError
+from sparsify.data.inputs import Inputs, batches
+from sparsify.errors import NumericsError, UsageError
 from sparsify.model.blocks import BlockView
 from sparsify.model.dense import DenseModel
+from sparsify.model.gradients import layer_gradients
 from sparsify.model.objective import Objective, batch_size_for, mean_loss
 from sparsify.model.prunable import Layer
 from sparsify.types import LayerSpec, Target
@@ -99,6 +100,52 @@ class ModelProxy(ABC):
         if self._keep_near:
             self._near[name] = weight
         return weight
+
+
+class PricedProxy(ModelProxy):
+    """A proxy that says what a zero more would cost in each layer."""
+
+    @abstractmethod
+    def settle(self, targets: Mapping[str, Target]) -> None:
+        """Prune by a plan with statistics of the model that it makes; plans near it are tried from there."""
+
+    @abstractmethod
+    def price(self, layer: Layer, gradient: Float[Tensor, "out inp"], band: float) -> Float[Tensor, ""]:
+        """What a zero more in a layer adds to the loss, to first order, by the gradient of a part of the text."""
+
+    def marginal_costs(self, inputs: Inputs, band: float) -> dict[str, float]:
+        """What pruning one weight more in each layer adds to the loss, to first order, in nats per prediction.
+
+        Args:
+            inputs: whose loss counts.
+            band: how far from the present sparsity a cost is taken, as a fraction of a row, half of it on either side.
+
+        Raises:
+            NumericsError: a gradient is not finite at any loss scale.
+        """
+        loss = self.objective.prepare(self.view.model, inputs)
+        scale = 1024.0
+        while scale >= 1.0:  # half-precision gradients underflow unscaled and overflow scaled too much
+            costs = dict.fromkeys(self.dense, 0.0)
+            for where in batches(inputs, max(1, self.batch_size // 2)):
+                batch = inputs.batch(where, self.view.device)
+                factor = scale / self.objective.predictions(inputs)
+                prices = self._prices(lambda: loss(self.view.model, batch) * factor, band)  # noqa: B023
+                costs = {name: cost + prices[name] / scale for name, cost in costs.items()}
+            if all(math.isfinite(cost) for cost in costs.values()):
+                return costs
+            scale /= 8
+        raise NumericsError("The gradient of the pruned model's loss is not finite", fix="dtype=bfloat16 or float32")
+
+    def _prices(self, loss: Callable[[], Tensor], band: float) -> dict[str, float]:
+        """Of every layer, by one backward pass."""
+        prices: dict[str, Tensor] = {}
+
+        def price(layer: Layer, gradient: Float[Tensor, "out inp"]) -> None:
+            prices[layer.spec.name] = self.price(layer, gradient, band)
+
+        layer_gradients(self.view, loss, price)
+        return {name: float(prices[name]) for name in self.dense}
 
 
 def kept_of(target: Target, group: int) -> int:

@@ -1,7 +1,6 @@
 """Pruning by rank: a weight's rank says at which targets it goes, so that a plan is one comparison per weight."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
@@ -9,11 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparsify.data.inputs import Inputs, batches
-from sparsify.errors import NumericsError
+from sparsify.data.inputs import Inputs
 from sparsify.model.blocks import BlockView
 from sparsify.model.dense import DenseModel
-from sparsify.model.gradients import gradient_statistics, layer_gradients
+from sparsify.model.gradients import gradient_statistics
 from sparsify.model.objective import Objective
 from sparsify.model.prunable import Layer
 from sparsify.model.statistics import LayerStats, full_precision, reading
@@ -22,12 +20,12 @@ from sparsify.pruners.base import Pruner, ScorePruner
 from sparsify.pruners.magnitude import Magnitude
 from sparsify.pruners.masks import num_zeros
 from sparsify.pruners.wanda import Wanda
-from sparsify.search.proxy import ModelProxy, kept_of
+from sparsify.search.proxy import PricedProxy, kept_of
 from sparsify.types import LayerSpec, Target
 
 
 @dataclass
-class RankProxy(ModelProxy):
+class RankProxy(PricedProxy):
     """A model under masks whose ranks stay fixed while plans are tried.
 
     A weight's rank among the scores of its output row, or of its group of M consecutive inputs, is taken once, at a
@@ -87,45 +85,15 @@ class RankProxy(ModelProxy):
         """The dense weights, zero below a rank."""
         layer.write(self.dense_weight(layer) * (self.ranks[layer.spec.name] >= wanted))
 
-    def marginal_costs(self, inputs: Inputs, band: float) -> dict[str, float]:
-        """What pruning one weight more in each layer adds to the loss, to first order, in nats per prediction.
+    def price(self, layer: Layer, gradient: Float[Tensor, "out inp"], band: float) -> Float[Tensor, ""]:
+        """Mean of -g w over the weights just above and just below the threshold of their row.
 
-        The weights just above and just below the threshold of their row are the next to go and the next to come back.
-        Setting such a weight to zero changes the loss by -g w, with g its gradient where the model stands now (of a
-        weight that is zero already, too); the mean over the band is the derivative of the loss by the number of zeros.
-
-        Args:
-            inputs: whose loss counts.
-            band: width of the band as a fraction of the row, half of it on either side.
-
-        Raises:
-            NumericsError: a gradient is not finite at any loss scale.
+        They are the next to go and the next to come back. Setting such a weight to zero changes the loss by -g w, with
+        g its gradient where the model stands now (of a weight that is zero already, too); the mean over the band is
+        the derivative of the loss by the number of zeros.
         """
-        loss = self.objective.prepare(self.view.model, inputs)
-        scale = 1024.0
-        while scale >= 1.0:  # half-precision gradients underflow unscaled and overflow scaled too much
-            costs = dict.fromkeys(self.dense, 0.0)
-            for where in batches(inputs, max(1, self.batch_size // 2)):
-                batch = inputs.batch(where, self.view.device)
-                factor = scale / self.objective.predictions(inputs)
-                products = self._band_products(lambda: loss(self.view.model, batch) * factor, band)  # noqa: B023
-                costs = {name: cost + products[name] / scale for name, cost in costs.items()}
-            if all(math.isfinite(cost) for cost in costs.values()):
-                return costs
-            scale /= 8
-        raise NumericsError("The gradient of the pruned model's loss is not finite", fix="dtype=bfloat16 or float32")
-
-    def _band_products(self, loss: Callable[[], Tensor], band: float) -> dict[str, float]:
-        """Mean of -g w over every layer's band, by layer name."""
-        products: dict[str, Tensor] = {}
-
-        def price(layer: Layer, gradient: Float[Tensor, "out inp"]) -> None:
-            near = self._band(layer, band)
-            lost = -(gradient.float() * self.dense_weight(layer) * near).double().sum()
-            products[layer.spec.name] = lost / near.sum()
-
-        layer_gradients(self.view, loss, price)
-        return {name: float(products[name]) for name in self.dense}
+        near = self._band(layer, band)
+        return -(gradient.float() * self.dense_weight(layer) * near).double().sum() / near.sum()
 
     def _band(self, layer: Layer, band: float) -> Bool[Tensor, "out inp"]:
         """Weights whose rank is within half a band of the threshold: of a group, the next to go and to come back."""

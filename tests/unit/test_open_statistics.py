@@ -128,9 +128,7 @@ def test_a_pair_is_the_input_and_the_dense_models_for_the_same_tokens(make_model
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_pairs_within_a_block_are_of_the_dense_and_the_half_pruned_one(
-    make_model, tokens, batch_size
-):
+def test_pairs_within_a_block_are_of_the_dense_and_the_half_pruned_one(make_model, tokens, batch_size):
     dense, pruned, spy = make_model(), make_model(), Spy(statistic=CrossGram(), seen=[])
     method = ("oneshot", {"regime": "sequential"})
     rows = sparsify.prune(pruned, tokens, pruner=spy, method=method, sparsity=0.5, batch_size=batch_size).layers
