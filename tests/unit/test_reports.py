@@ -132,6 +132,30 @@ def test_medians_have_their_range_and_rows_without_a_number_are_left_out():
     assert shown.to_numpy().tolist() == [["100 [90 to 120] (3)", "–"], ["–", "300"]]
 
 
+def test_medians_show_other_texts_in_tables_of_their_own(tmp_path):
+    cells = pd.DataFrame(
+        [
+            {"key": str(i), "pruner": "wanda", "allocator": "uniform", "sparsity": 0.5, "seed": i}
+            | {"test": 90.0 + i, "sotu": 40.0 + i, "trials.heldout": math.nan, "block_sparsity": "0.5|0.5"}
+            for i in range(3)
+        ]
+    )
+    layout = Medians(
+        title="",
+        layout="medians",
+        parts=[],
+        pruners=["wanda"],
+        rows=[Row("uniform", {"allocator": "uniform"})],
+        beside={"sotu": "Messages", "c4": "Not measured"},
+    )
+    page = Page(cells, cells, "equimarginal", "tiny", "A title", [], tmp_path, tmp_path)
+    layout.write(page)
+    text = (tmp_path / "equimarginal_tiny.md").read_text()
+    assert "91.00 [90.00 to 92.00] (3)" in text
+    assert "Messages" in text
+    assert "41.00 [40.00 to 42.00] (3)" in text
+
+
 def trained():
     """Cells of a table of training: a dense one, two seeds without and with training, one by steps."""
     plain = {"pruner": "wanda", "method": "oneshot", "allocator": "uniform", "sparsity": 0.7, "achieved": 0.7}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +20,25 @@ from sparsify.report.numbers import format_number
 from sparsify.report.select import where
 
 
+@dataclass(frozen=True, kw_only=True)
 class Medians(BySparsity):
-    """Median and range over seeds by row and sparsity."""
+    """Median and range over seeds by row and sparsity.
+
+    Attributes:
+        beside: other evaluations, each with the title of a table of its own.
+    """
+
+    beside: dict[str, str] = field(default_factory=dict)
 
     def write(self, page: Page) -> list[Path]:
         """A file of up to three tables, the search curves and the sparsity of every block."""
         cells = page.cells
         logs = self.frame(cells, self.value, lambda values: _median([math.log(x) for x in values], "{:.3f}".format))
+        show = partial(_median, number=format_number)
         more = [("Log-perplexity (nats per token)", logs)]
+        more += [(title, self.frame(cells, name, show)) for name, title in self.beside.items()]
         more += self.accuracy(cells, lambda values: _median(values, "{:.1f}".format))
-        files = page.write(self.frame(cells, self.value, lambda values: _median(values, format_number)), more)
+        files = page.write(self.frame(cells, self.value, show), more)
         return files + self._figures(page)
 
     def _figures(self, page: Page) -> list[Path]:
