@@ -83,13 +83,16 @@ def _parameters(node: Mapping[str, Any], default: Mapping[str, Any]) -> Iterator
 
 def is_text(value: Any) -> bool:
     """Whether a parameter says which text something is trained on."""
-    return isinstance(value, Mapping) and ("parts" in value or ("text" in value and "split" in value))
+    kinds = ({"parts"}, {"text", "split"}, {"samples", "greedy"})  # a mixture, of a corpus, written by the model
+    return isinstance(value, Mapping) and any(kind <= set(value) for kind in kinds)
 
 
 def text_label(spec: Mapping[str, Any]) -> str:
     """`alpaca_gpt4 train, 100 samples`: which text, and how much where it is not all; from a config or a record."""
     if "parts" in spec:
         return " + ".join(map(text_label, spec["parts"].values()))
+    if "text" not in spec:
+        return f"written by the dense model, {spec['samples']} samples"
     text = spec["text"]
     name = text.get("corpus", text.get("name")) if isinstance(text, Mapping) else text
     count = next((f", {spec[unit]} {unit}" for unit in ("samples", "windows") if spec.get(unit)), "")

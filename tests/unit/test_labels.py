@@ -33,6 +33,10 @@ from sparsify.runs import labels, menu, planning
             "wanda + uniform, 50%, quantiser=rtn(allocator=atp_relative, bits=3.5)",
         ),
         (["method=joint", "method.bits=3", "pruner=sparsegpt"], "sparsegpt + uniform, 50%, method=joint(bits=3)"),
+        (
+            ["recovery=full", "tuning=generated"],
+            "wanda + uniform, 50%, recovery=full(training=written by the dense model, 4096 samples)",
+        ),
         (["scale=paper"], "wanda + uniform, 50%"),
         (["scale=paper", "allocator=equimarginal"], "wanda + equimarginal, 50%"),
         (["scale=paper", "allocator=equimarginal", "allocator.steps=7"], "wanda + equimarginal(steps=7), 50%"),
