@@ -8,7 +8,7 @@ LAUNCHER   ?=
 DRY_RUN    ?=
 ARGS       ?=
 
-TABLES := table1 table2 table3 table4 table5 table7 table14 absorption sensitivity error_growth seeds beta_study msp_ablations losa_ablations losa_patterns table16 equimarginal equimarginal_ablations distillation quantisation
+TABLES := table1 table2 table3 table4 table5 table7 table13 table14 table15 absorption sensitivity error_growth seeds beta_study msp_ablations losa_ablations losa_patterns table16 equimarginal equimarginal_ablations distillation quantisation
 CHECKS := reference
 
 VENV   := .venv

@@ -27,6 +27,12 @@ def _equal(have: Any, want: Any) -> bool:
     return bool(have == want)
 
 
+def with_stages(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells without a recovery or quantiser are of `none`, so that a row can ask for these."""
+    nothing = pd.Series(pd.NA, index=cells.index)
+    return cells.assign(**{stage: cells.get(stage, nothing).fillna("none") for stage in ("recovery", "quantiser")})
+
+
 def pick(cells: pd.DataFrame, minimise: str | None) -> pd.Series | None:
     """The one cell of a table entry: the lowest in `minimise`, or the only one; None if there is none.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,3 +38,11 @@ class Spread:
     def __str__(self) -> str:
         number = format_number(self.mean)
         return number if self.n < 2 else f"{number} ± {format_number(self.half)} ({self.n})"
+
+
+def median_and_range(values: Sequence[float], number: Callable[[float], str] = format_number) -> str:
+    """`180 [170 to 210] (3)`, where runs are too wild for means; a single run is its number."""
+    middle = number(float(np.median(values)))
+    if len(values) < 2:
+        return middle
+    return f"{middle} [{number(min(values))} to {number(max(values))}] ({len(values)})"

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 
 from sparsify.report import figures, frame
-from sparsify.report.layouts import beta_study, medians, recovery, search, seeds
+from sparsify.report.layouts import beta_study, recovery, search, seeds
 from sparsify.report.layouts.base import Page, Row
 from sparsify.report.layouts.medians import Medians
 from sparsify.report.layouts.recovery import Recovery
-from sparsify.report.spread import Spread
+from sparsify.report.spread import Spread, median_and_range
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_medians_have_their_range_and_rows_without_a_number_are_left_out():
     )
     rows = [Row(name, {"allocator": name}) for name in ("uniform", "msp", "owl")]
     layout = Medians(title="", layout="medians", parts=[], pruners=["ria", "wanda"], rows=rows)
-    shown = layout.frame(cells, "test", lambda values: medians._median(values, "{:.0f}".format))
+    shown = layout.frame(cells, "test", lambda values: median_and_range(values, "{:.0f}".format))
     assert list(shown.columns.get_level_values(1)) == ["50%", "62.5%"]
     assert list(shown.index) == [("wanda", "uniform"), ("wanda", "msp")]
     assert shown.to_numpy().tolist() == [["100 [90 to 120] (3)", "–"], ["–", "300"]]

@@ -10,6 +10,7 @@ from sparsify.report.layouts.absorption import Absorption
 from sparsify.report.layouts.accuracy import Accuracies
 from sparsify.report.layouts.base import Layout
 from sparsify.report.layouts.beta_study import BetaStudy
+from sparsify.report.layouts.by_allocation import ByAllocation
 from sparsify.report.layouts.compare import Comparison
 from sparsify.report.layouts.correction import Corrections
 from sparsify.report.layouts.curves import Curves
@@ -25,6 +26,7 @@ LAYOUTS: dict[str, type[Layout]] = {
     "absorption": Absorption,
     "accuracy": Accuracies,
     "beta_study": BetaStudy,
+    "by_allocation": ByAllocation,
     "compare": Comparison,
     "correction": Corrections,
     "curves": Curves,

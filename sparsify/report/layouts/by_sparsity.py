@@ -63,11 +63,17 @@ class BySparsity(Layout):
 
     def accuracy(self, cells: pd.DataFrame, show: Show) -> list[tuple[str, pd.DataFrame]]:
         """The table of mean accuracies with its title, where any were measured."""
-        measured = [task for task in self.tasks if task in cells]
-        if not measured:
-            return []
-        mean = cells.assign(accuracy=100 * cells[measured].mean(axis=1, skipna=False))
-        return [(f"Mean accuracy over {', '.join(measured)}, in percent", self.frame(mean, "accuracy", show))]
+        title, mean = with_accuracy(cells, self.tasks)
+        return [(title, self.frame(mean, "accuracy", show))] if title else []
+
+
+def with_accuracy(cells: pd.DataFrame, tasks: Sequence[str]) -> tuple[str, pd.DataFrame]:
+    """The cells with their mean `accuracy` in percent, and the heading of its table; empty where none was measured."""
+    measured = [task for task in tasks if task in cells]
+    if not measured:
+        return "", cells
+    mean = 100 * cells[measured].mean(axis=1, skipna=False)
+    return f"Mean accuracy over {', '.join(measured)}, in percent", cells.assign(accuracy=mean)
 
 
 def values_of(cells: pd.DataFrame, value: str) -> list[float]:

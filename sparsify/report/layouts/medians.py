@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from sparsify.report import frame
 from sparsify.report.layouts import search
@@ -16,8 +13,8 @@ from sparsify.report.layouts.base import Page
 from sparsify.report.layouts.by_sparsity import BySparsity
 from sparsify.report.layouts.entries import Entry
 from sparsify.report.layouts.perplexity_figures import layer_profile
-from sparsify.report.numbers import format_number
 from sparsify.report.select import where
+from sparsify.report.spread import median_and_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +30,13 @@ class Medians(BySparsity):
     def write(self, page: Page) -> list[Path]:
         """A file of up to three tables, the search curves and the sparsity of every block."""
         cells = page.cells
-        logs = self.frame(cells, self.value, lambda values: _median([math.log(x) for x in values], "{:.3f}".format))
-        show = partial(_median, number=format_number)
+        logs = self.frame(
+            cells, self.value, lambda values: median_and_range([math.log(x) for x in values], "{:.3f}".format)
+        )
         more = [("Log-perplexity (nats per token)", logs)]
-        more += [(title, self.frame(cells, name, show)) for name, title in self.beside.items()]
-        more += self.accuracy(cells, lambda values: _median(values, "{:.1f}".format))
-        files = page.write(self.frame(cells, self.value, show), more)
+        more += [(title, self.frame(cells, name, median_and_range)) for name, title in self.beside.items()]
+        more += self.accuracy(cells, lambda values: median_and_range(values, "{:.1f}".format))
+        files = page.write(self.frame(cells, self.value, median_and_range), more)
         return files + self._figures(page)
 
     def _figures(self, page: Page) -> list[Path]:
@@ -55,11 +53,3 @@ class Medians(BySparsity):
 
 def _entries(runs: Sequence[search.Run], value: str) -> list[Entry]:
     return [Entry(r.cell["pruner"], r.label, r.sparsity, float(r.cell[value]), "", r.cell["key"], "") for r in runs]
-
-
-def _median(values: Sequence[float], number: Callable[[float], str]) -> str:
-    """`180 [170 to 210] (3)`; a single run is its number."""
-    middle = number(float(np.median(values)))
-    if len(values) < 2:
-        return middle
-    return f"{middle} [{number(min(values))} to {number(max(values))}] ({len(values)})"

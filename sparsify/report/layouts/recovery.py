@@ -14,7 +14,7 @@ from sparsify.report.figures import COLOURS, cka_matrix, saved
 from sparsify.report.layouts.base import Page
 from sparsify.report.layouts.by_sparsity import BySparsity, values_of
 from sparsify.report.numbers import format_number
-from sparsify.report.select import where
+from sparsify.report.select import where, with_stages
 from sparsify.report.spread import Spread
 
 BITS = "bits a weight"
@@ -36,9 +36,8 @@ class Recovery(BySparsity):
     second = "method"
 
     def prepare(self, cells: pd.DataFrame) -> pd.DataFrame:
-        """Cells without a recovery or quantiser are of `none`, so that a row can ask for these."""
-        nothing = pd.Series(pd.NA, index=cells.index)
-        return cells.assign(**{stage: cells.get(stage, nothing).fillna("none") for stage in ("recovery", "quantiser")})
+        """Names what was not done after pruning too."""
+        return with_stages(cells)
 
     def write(self, page: Page) -> list[Path]:
         """A file of up to three tables, and figures: of a training by steps, and of the similarity of blocks."""
