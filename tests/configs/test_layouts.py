@@ -7,6 +7,7 @@ import pytest
 from sparsify import paths
 from sparsify.errors import UsageError
 from sparsify.report import layouts
+from sparsify.report.layouts.by_allocation import ByAllocation
 from sparsify.runs import registry
 
 TABLES = registry.names("table")
@@ -26,6 +27,9 @@ BROKEN = [
     ("seeds", "label: OWL", "lable: OWL", "did you mean label"),
     ("absorption", "pruning: pruned_70 ", "prunning: pruned_70 ", "did you mean pruning"),
     ("sensitivity", "label: depth", "lable: depth", "did you mean label"),
+    ("table13", "by: quantiser.allocator", "of: quantiser.allocator", "Allowed: label, where, group, by"),
+    ("table15", "allocations:", "allocation:", "did you mean allocations"),
+    ("table15", "  OWL: owl", "  OWL: [owl]", "text"),
     ("beta_study", "steps: [1, 2, 4]", "steps: [1, two]", "a whole number"),
 ]
 
@@ -49,6 +53,17 @@ def test_every_table_is_what_its_layout_says(name):
     assert type(layout) is layouts.LAYOUTS[layout.layout]
     for where in conditions(layout):
         assert where["allocator"] in registry.names("allocator")
+
+
+def test_rows_and_columns_by_allocation_are_of_components_that_there_are():
+    tables = [layouts.load(name) for name in TABLES]
+    tables = [table for table in tables if isinstance(table, ByAllocation)]
+    assert len(tables) >= 2
+    for table in tables:
+        assert set(table.allocations.values()) <= set(registry.names("allocator"))
+        for where in (row.where for row in table.rows):
+            assert where.get("pruner", "wanda") in registry.names("pruner")
+            assert where.get("method", "oneshot") in registry.names("method")
 
 
 def test_every_kind_of_layout_is_of_a_table():

@@ -106,6 +106,42 @@ def test_a_cell_that_is_measured_further_is_trained_once(scale, tmp_path, monkey
     assert {"", "LoRA", "MaskedLoRA"} <= stages
 
 
+COUNTS = {
+    ("table13", "embedded"): [1, 12, 1, 8, 2],
+    ("table13", "paper"): [1, 90, 18, 36, 4],
+    ("table15", "embedded"): [1, 2, 12, 2],
+    ("table15", "paper"): [1, 24, 168, 48],
+}
+"""Cells of each part; the zero-shot ones of table 15 are those of its other parts, measured further."""
+
+
+@pytest.mark.parametrize(("table", "scale"), COUNTS)
+def test_tables_by_allocation_plan_every_cell_once(table, scale, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSIFY_RESULTS", str(tmp_path))
+    parts = planning.parts_of(table, [f"scale={scale}"])
+    assert [len(part.cells) for part in parts] == COUNTS[table, scale]
+    cells = [cell for part in planning.distinct(parts) for cell in part.cells]
+    assert {cell.state for cell in cells} == {"missing"}
+    assert len(cells) == len({cell.key for cell in cells}) == len({cell.key for part in parts for cell in part.cells})
+
+
+@pytest.mark.parametrize(
+    ("table", "others", "scale", "shared"),
+    [
+        ("table13", ["table4", "quantisation"], "embedded", 1 + 3 + 1 + 2),  # dense, rules and descent at 2:8, bits
+        ("table13", ["table4", "quantisation"], "paper", 1 + 72 + 9 + 4),  # without ATP at half its maximum
+        ("table15", ["table4", "seeds"], "embedded", 1 + 3),  # dense, Wanda with uniform, ATP and descent
+    ],
+)
+def test_a_table_takes_the_cells_of_others(table, others, scale, shared, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSIFY_RESULTS", str(tmp_path))
+
+    def keys(name):
+        return {cell.key for part in planning.parts_of(name, [f"scale={scale}"]) for cell in part.cells}
+
+    assert len(keys(table) & set().union(*map(keys, others))) == shared
+
+
 def test_a_cell_that_is_done_and_to_be_measured_further_counts_twice(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSIFY_RESULTS", str(tmp_path))
 

@@ -54,3 +54,15 @@ def test_published_keys_are_planned_today(file):
     published = set(pd.read_csv(file, dtype={"key": str})["key"])
     assert published
     assert not published - set(planned(file, name, scale))
+
+
+SHARED = [("table4", "table13", 60), ("seeds", "table15", 15), ("table4", "table15", 1)]
+"""Published tables, others that have some of their cells, and how many at least."""
+
+
+@pytest.mark.parametrize(("published", "table", "at_least"), SHARED)
+def test_a_table_takes_what_another_one_has(published, table, at_least):
+    (file,) = (f for f in PUBLISHED if f.parent.name == published and "smollm2" in f.stem and "paper" in f.stem)
+    cells = [cell for part in parts_of(table, ["model=smollm2-135m", "scale=paper"]) for cell in part.cells]
+    shared = {cell.key for cell in cells} & set(pd.read_csv(file, dtype={"key": str})["key"])
+    assert len(shared) >= at_least

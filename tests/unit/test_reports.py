@@ -6,9 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sparsify.report import figures, frame
+from sparsify import paths
+from sparsify.report import figures, frame, layouts
 from sparsify.report.layouts import beta_study, recovery, search, seeds
 from sparsify.report.layouts.base import Page, Row
+from sparsify.report.layouts.by_allocation import ByAllocation, Pruning
 from sparsify.report.layouts.medians import Medians
 from sparsify.report.layouts.recovery import Recovery
 from sparsify.report.spread import Spread, median_and_range
@@ -249,3 +251,88 @@ def test_a_row_stands_among_those_of_another_pruner():
     layout = Recovery(**COMMON, pruners=["wanda", "sparsegpt"], rows=rows)
     shown = layout.frame(cells, "test", lambda values: f"{values[0]:g}")
     assert shown.iloc[:, 0].to_dict() == {("wanda", "plain"): "100", ("wanda", "other"): "90"}
+
+
+def pruned(allocator, values, **more):
+    """Cells of one pruner and allocation, a seed each."""
+    cell = {"pruner": "wanda", "allocator": allocator, "sparsity": 0.7, "test.protocol": "t"} | more
+    return [cell | {"key": f"{allocator}{n}{more}", "seed": n, "test": value} for n, value in enumerate(values)]
+
+
+@pytest.fixture
+def crossed():
+    """A table by allocation, and cells of it: three seeds, two of which a second rule has, and bits by block."""
+    rows = [
+        Pruning("dense", {"sparsity": 0.0, "quantiser": "none"}),
+        Pruning("Wanda", {"pruner": "wanda", "sparsity": 0.7}, group="masks"),
+        Pruning("ALPS", {"pruner": "alps", "sparsity": 0.7}, group="weights"),
+        Pruning("SparseGPT", {"pruner": "sparsegpt", "sparsity": 0.7}, group="weights"),
+        Pruning("GPTQ", {"quantiser": "gptq"}, by="quantiser.allocator"),
+    ]
+    allocations = {"uniform": "uniform", "ATP": "atp", "OWL": "owl"}
+    layout = ByAllocation(**COMMON, allocations=allocations, rows=rows, tasks=["boolq", "piqa"])
+    bits = {"sparsity": 0.0, "quantiser": "gptq"}
+    cells = [
+        *pruned("uniform", [20.0], sparsity=0.0),
+        *pruned("uniform", [100.0, 200.0, 90.0]),
+        *pruned("atp", [50.0, 150.0]),
+        *pruned("uniform", [40.0], pruner="alps", boolq=0.5, piqa=0.6),
+        *pruned("uniform", [30.0], **bits, **{"quantiser.allocator": "uniform"}),
+        *pruned("uniform", [33.0], **bits, **{"quantiser.allocator": "atp"}),
+    ]
+    return layout, layout.prepare(pd.DataFrame(cells))
+
+
+def test_a_table_by_allocation_has_medians_and_changes_in_pairs(crossed):
+    layout, cells = crossed
+    shown = layout.frame(cells, "test", lambda values: f"{np.median(values):g}")
+    assert list(shown.columns.get_level_values(1)) == ["uniform", "ATP"]
+    assert {row: list(entries) for row, entries in zip(shown.index, shown.to_numpy(), strict=True)} == {
+        ("", "dense"): ["20", ""],
+        ("masks", "Wanda"): ["100", "100"],
+        ("weights", "ALPS"): ["40", ""],
+        ("", "GPTQ"): ["30", "33"],
+    }
+    changes = layout.changes(cells)
+    assert changes["", "ATP"].to_dict() == {("masks", "Wanda"): "-38% [-50% to -25%] (2)", ("", "GPTQ"): "+10%"}
+
+
+def test_a_table_by_allocation_is_one_file_of_tables_and_a_figure(crossed, tmp_path):
+    layout, cells = crossed
+    files = layout.write(Page(cells, cells, "table15", "tiny", "a table", [], tmp_path, tmp_path))
+    text = " ".join(files[0].read_text().split())
+    assert "100.0 [90.00 to 200.0] (3)" in text
+    assert "**Mean accuracy over boolq, piqa, in percent**" in text
+    assert "| weights | ALPS | 55.0 |" in text
+    assert [file.name for file in files if file.suffix == ".png"] == ["allocations_table15_tiny.png"]
+    assert all(file.stat().st_size for file in files)
+
+
+def test_a_table_by_allocation_of_a_cell_alone_has_no_changes(crossed, tmp_path):
+    layout, cells = crossed
+    dense = cells[:1].drop(columns=["boolq", "piqa"])
+    files = layout.write(Page(dense, dense, "table15", "tiny", "a table", [], tmp_path, tmp_path))
+    assert "Change" not in files[0].read_text()
+    assert layout.changes(dense).empty
+
+
+def test_two_cells_of_a_seed_are_no_entry(crossed):
+    layout, cells = crossed
+    with pytest.raises(ValueError, match="Several cells of one seed for Wanda, ATP"):
+        layout.frame(pd.concat([cells, cells]).query("allocator == 'atp'"), "test", str)
+
+
+def test_table_13_shows_published_cells_of_table_4():
+    rows = paths.root() / "results/published/2026-11-27_cac9715/table4/table4_smollm2-135m_paper.csv"
+    layout = layouts.load("table13")
+    cells = layout.prepare(frame.wide(frame.read_long(rows)))
+    mixed = cells[~(cells["allocator"].eq("equimarginal") & ~cells["allocator.native"].eq(True))]
+    shown = layout.frame(mixed, "test", lambda values: f"{np.median(values):.4g}")
+    wanda = shown.loc[("mixed N:8, Wanda", "4:8 on average")][""]
+    assert wanda[["uniform", "OWL", "ATP, β by held-out", "equimarginal"]].tolist() == [
+        "93.79",
+        "103.6",
+        "79.62",
+        "68.54",
+    ]
+    assert ("mixed N:8, SparseGPT", "3:8 on average") in shown.index
