@@ -124,10 +124,10 @@ class PrunedBlock:
         if not isinstance(self.pruner, Pruner):
             fix = "pruner@allocator.source.pruner=wanda"
             raise UsageError("pruner is a component, not a value", got=repr(self.pruner), fix=fix)
-        if reading(self.pruner.needs, "gradient"):
+        if reading(self.pruner.needs, "gradient", "pair"):
             raise UsageError(
                 "A block alone is pruned by statistics of its inputs",
-                got=f"{type(self.pruner).__name__}, which reads gradients",
+                got=f"{type(self.pruner).__name__}, which reads gradients, or the dense model's inputs beside them",
                 fix="pruner@allocator.source.pruner=wanda",
             )
         if self.sparsity is not None and not (isinstance(self.sparsity, int | float) and 0 < self.sparsity < 1):

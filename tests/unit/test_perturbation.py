@@ -433,17 +433,19 @@ def test_a_pruned_block_takes_the_wanted_sparsity(view, tokens):
         drift(view, tokens, PrunedBlock(wanda))
 
 
-BY_GRADIENTS = {name for name in registry.names("pruner") if reading(registry.build("pruner", name).needs, "gradient")}
+BY_MORE = {
+    name for name in registry.names("pruner") if reading(registry.build("pruner", name).needs, "gradient", "pair")
+}
 
 
-@pytest.mark.parametrize("pruner", sorted(set(registry.names("pruner")) - BY_GRADIENTS))
+@pytest.mark.parametrize("pruner", sorted(set(registry.names("pruner")) - BY_MORE))
 def test_any_pruner_of_inputs_disturbs(view, tokens, pruner):
     found = drift(view, tokens, PrunedBlock(registry.build("pruner", pruner), 0.7))
     assert (found.start > 0).any(-1).all()
 
 
-@pytest.mark.parametrize("pruner", sorted(BY_GRADIENTS))
-def test_a_block_alone_is_not_pruned_by_gradients(pruner):
+@pytest.mark.parametrize("pruner", sorted(BY_MORE))
+def test_a_block_alone_is_not_pruned_by_more_than_its_inputs(pruner):
     with pytest.raises(UsageError, match=r"source\.pruner=wanda"):
         PrunedBlock(registry.build("pruner", pruner), 0.7)
 
