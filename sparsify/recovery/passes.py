@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparsify.data.examples import PADDING, Examples
 from sparsify.model.cuda_graph import Replay
@@ -58,7 +59,7 @@ class Passes:
             rows: samples that the pass has room for.
             weight: of the loss, a scalar on the device.
         """
-        ids, counted = (part.to(self.device) for part in padded(some, rows, self.room_for(some.length)))
+        ids, counted = padded(some, rows, self.room_for(some.length), self.device)
         size = ids.shape[0], ids.shape[1]
         self._seen[size] += 1
         if self._seen[size] == EAGER + 1:
@@ -100,11 +101,10 @@ class Passes:
             return None
 
 
-def padded(some: Examples, rows: int, length: int) -> tuple[Int[Tensor, "rows len"], Bool[Tensor, "rows len"]]:
-    """Token ids, and which of them count."""
-    ids = torch.full((rows, length), PADDING)
-    counted = torch.zeros(rows, length, dtype=torch.bool)
-    for row, (tokens, start) in enumerate(zip(some.ids, some.starts, strict=True)):
-        ids[row, : len(tokens)] = tokens
-        counted[row, start : len(tokens)] = True
-    return ids, counted
+def padded(
+    some: Examples, rows: int, length: int, device: torch.device
+) -> tuple[Int[Tensor, "rows len"], Bool[Tensor, "rows len"]]:
+    """Token ids of a batch of that size, and which of them count."""
+    whole, missing = slice(0, len(some)), (0, length - some.length, 0, rows - len(some))
+    ids, counted = some.batch(whole, device)["input_ids"], some.counted(whole, device)
+    return F.pad(ids, missing, value=PADDING), F.pad(counted, missing, value=False)

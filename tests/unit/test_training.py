@@ -145,7 +145,7 @@ def test_padding_and_logits_of_every_position_change_no_gradient(make_model, tok
     teacher = dense_copy(view, {layer.spec.name: layer.weight * 2 for layer in view.layers})
     loss = TrainingLoss(view.model, teacher, distill)
     where = slice(0, 3)
-    ids, counted = padded(text, 4, 16)
+    ids, counted = padded(text, 4, 16, view.device)
     plain = text.batch(where, view.device), text.counted(where, view.device)
     for batch, which, every in [(*plain, False), ({"input_ids": ids, "use_cache": False}, counted, True)]:
         value = loss(batch, which, every=every)
